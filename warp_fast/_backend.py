@@ -1,0 +1,83 @@
+"""Which backend serves which op on which device, and why the others do not.
+
+`reference` is plain PyTorch and always there. `cpp` and `cuda` are compiled at install
+(`warp_fast._C`), `triton` comes with the package of that name. A backend named by the caller is
+used or refused with the reason; nothing falls back after an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+# op -> device type -> backends that implement it, best first
+SERVED: dict[str, dict[str, tuple[str, ...]]] = {
+    "loss": {"cpu": ("reference",), "cuda": ("reference",)},
+    "ema": {"cpu": ("reference",), "cuda": ("reference",)},
+    "slerp": {"cpu": ("reference",), "cuda": ("reference",)},
+}
+
+
+def _missing_extension() -> str | None:
+    try:
+        importlib.import_module("warp_fast._C")
+    except ImportError as error:
+        return f"warp_fast._C is not built ({error}); reinstall with a C++ compiler"
+    return None
+
+
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install 'warp_fast[triton]'"
+    return None
+
+
+def _missing_cuda() -> str | None:
+    if MISSING["cpp"] is not None:
+        return MISSING["cpp"]
+    extension = importlib.import_module("warp_fast._C")
+    if not extension.has_cuda:
+        return "warp_fast._C was built without nvcc; reinstall with a CUDA toolkit"
+    return None
+
+
+# backend -> why it cannot be used in this process, or None; found once, at import
+MISSING: dict[str, str | None] = {"reference": None, "cpp": _missing_extension()}
+MISSING["triton"] = _missing_triton()
+MISSING["cuda"] = _missing_cuda()
+
+_PREFERRED = os.environ.get("WARP_FAST_BACKEND", "auto")
+
+
+def resolve(op: str, backend: str, device: torch.device) -> str:
+    """Name the backend that will run `op` on `device`.
+
+    Args:
+        op: "loss", "ema" or "slerp".
+        backend: "auto" (the environment variable WARP_FAST_BACKEND, else the best one present) or
+            the name of a backend.
+        device: where the tensors are.
+
+    Raises:
+        ValueError: the name is unknown, or that backend cannot serve this op here; says why.
+    """
+    served = SERVED[op].get(device.type, ("reference",))
+    if backend == "auto":
+        backend = _PREFERRED
+    if backend == "auto":
+        return next(name for name in served if MISSING[name] is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend not in served:
+        raise ValueError(
+            f"backend {backend!r} does not implement {op!r} on {device.type} tensors; "
+            f"it has: {', '.join(served)}"
+        )
+    if MISSING[backend] is not None:
+        raise ValueError(f"backend {backend!r} is not available: {MISSING[backend]}")
+    return backend
