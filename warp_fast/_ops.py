@@ -1,0 +1,157 @@
+"""The ops of warp_fast in torch.library: schema, fake and kernels of each; the table of contents.
+
+An op id carries its backend (`warp_fast::ema_update_reference_`); the backends of one op share its
+schema, its fake and its autograd formula, all written here in Python, so every op exists and traces
+whether or not its compiled kernel does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warp_fast.reference import ema as reference_ema
+from warp_fast.reference import slerp as reference_slerp
+
+Kernel = Callable[..., Any]
+
+
+def _define(name: str, schema: str, kernel: Kernel, fake: Kernel, device: str | None = None) -> Any:
+    """Register one op id and return its overload; device None serves every device."""
+    qualified = f"warp_fast::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.register_kernel(qualified, device, kernel)
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.warp_fast, name).default
+
+
+def _no_result(*_: object) -> None:
+    """Fake of an in-place op."""
+
+
+def byte_range(tensor: Tensor) -> tuple[int, int]:
+    """First and one-past-last byte address that the tensor spans."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: bool) -> None:
+    """Raise ValueError where a written tensor shares bytes with another written or read one.
+
+    same: allow a read tensor that occupies exactly the bytes of the written one (elementwise
+    in-place).
+    """
+    ranges = [(*byte_range(t), True, t.dtype) for t in written]
+    ranges += [(*byte_range(t), False, t.dtype) for t in read]
+    ranges.sort(key=lambda r: (r[0], r[1]))
+    end, last = 0, (0, 0, False, torch.uint8)
+    for current in ranges:
+        start, stop, is_written, dtype = current
+        if start == stop:
+            continue
+        if start < end and (is_written or last[2]):
+            identical = current[:2] == last[:2] and is_written != last[2] and dtype == last[3]
+            if not (same and identical):
+                raise ValueError(
+                    "a tensor that is written must not share memory with another argument; "
+                    f"bytes {start:#x}..{min(stop, end):#x} are in two of them (tied weights are "
+                    "passed once)"
+                )
+        if stop >= end:
+            end, last = stop, current
+
+
+# --- ema ---------------------------------------------------------------------------------------
+
+_EMA_SCHEMA = (
+    "(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] residual, float rate, Tensor? device_rate, "
+    "bool stochastic, int seed, int step, int[] first_index) -> ()"
+)
+
+
+def _checked_ema(kernel: Kernel) -> Kernel:
+    def run(ema: list[Tensor], params: list[Tensor], residual: list[Tensor], *rest: Any) -> None:
+        refuse_overlap([*ema, *residual], params, same=False)
+        kernel(ema, params, residual, *rest)
+
+    return run
+
+
+EMA_UPDATE = {
+    "reference": _define(
+        "ema_update_reference_",
+        _EMA_SCHEMA,
+        _checked_ema(reference_ema.ema_update_reference_),
+        _no_result,
+    ),
+}
+
+# --- slerp -------------------------------------------------------------------------------------
+
+_GRAM_SCHEMA = "(Tensor[] init, Tensor[] policies, int[] segment, int count) -> Tensor"
+_APPLY_SCHEMA = (
+    "(Tensor(a!)[] out, Tensor[] init, Tensor[] policies, Tensor coefficients, int[] segment) -> ()"
+)
+
+
+def _fake_gram(
+    init: list[Tensor], policies: list[Tensor], segment: list[int], count: int
+) -> Tensor:
+    runs = len(policies) // len(init)
+    return init[0].new_empty((count, runs, runs), dtype=torch.float64)
+
+
+def _checked_apply(kernel: Kernel) -> Kernel:
+    def run(out: list[Tensor], init: list[Tensor], policies: list[Tensor], *rest: Any) -> None:
+        refuse_overlap(out, [*init, *policies], same=len(out) == len(init))
+        kernel(out, init, policies, *rest)
+
+    return run
+
+
+def _slerp_coefficients(gram: Tensor, names: Sequence[str]) -> Tensor:
+    """Solve on the host, refuse NaN and inf, and warn where the linear rule was taken."""
+    host = gram.cpu()
+    for s in (~host.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
+        where = (~host[s].diagonal().isfinite()).nonzero().flatten().tolist()
+        raise ValueError(
+            f"task vectors must be finite; in {names[s]} those of policies {where} (or init) hold "
+            "NaN or inf"
+        )
+    coefficients, degenerate = reference_slerp.slerp_coefficients_reference(host)
+    found = degenerate.any(1).nonzero().flatten().tolist()
+    if found:
+        shown = ", ".join(names[s] for s in found[:5]) + (", ..." if len(found) > 5 else "")
+        warnings.warn(
+            f"slerp: zero, parallel or antiparallel task vectors in {len(found)} of {len(names)} "
+            f"segments ({shown}); these were merged linearly",
+            stacklevel=2,
+        )
+    return coefficients.to(gram.device)
+
+
+SLERP_COEFFICIENTS = _define(
+    "slerp_coefficients",
+    "(Tensor gram, str[] names) -> Tensor",
+    _slerp_coefficients,
+    lambda gram, names: gram.new_empty(gram.shape[:2]),
+)
+GRAM = {
+    "reference": _define(
+        "gram_reference", _GRAM_SCHEMA, reference_slerp.gram_reference, _fake_gram
+    ),
+}
+SLERP_APPLY = {
+    "reference": _define(
+        "slerp_apply_reference_",
+        _APPLY_SCHEMA,
+        _checked_apply(reference_slerp.slerp_apply_reference_),
+        _no_result,
+    ),
+}

@@ -1,0 +1,141 @@
+"""The three forms in which weights come (flat tensor, list, dict), reduced to lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warp_fast.flat import Segment
+
+Weights = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """T tensors in S segments: `segment[t]` is the segment of tensor t, `names[s]` its name.
+
+    `keys` are the dict keys, `ranges` the (start, stop) of a flat tensor; else None.
+    """
+
+    segment: list[int]
+    names: list[str]
+    keys: list[str] | None = None
+    ranges: list[tuple[int, int]] | None = None
+
+    def tensors(self, weights: Any) -> list[Tensor]:
+        """The T tensors of `weights`, as views."""
+        if self.ranges is not None:
+            return [weights[start:stop] for start, stop in self.ranges]
+        if self.keys is not None:
+            return [weights[key].detach() for key in self.keys]
+        return [weights] if isinstance(weights, Tensor) else list(weights)
+
+
+def layout_of(init: Weights, segments: Any) -> Layout:
+    """Read the form of `init` and the meaning of `segments`; raises on what does not fit it."""
+    if isinstance(init, Tensor):
+        if segments is None:
+            return Layout([0], ["the tensor"])
+        return _flat_layout(init, segments)
+    if isinstance(init, Mapping):
+        keys = list(init)
+        if segments is None:
+            return Layout(list(range(len(keys))), [repr(key) for key in keys], keys)
+        return _grouped_layout(keys, segments)
+    if segments is not None:
+        raise ValueError("segments must be None for a list: each of its tensors is one segment")
+    return Layout(list(range(len(init))), [f"tensor {i}" for i in range(len(init))])
+
+
+def _flat_layout(init: Tensor, segments: Sequence[Segment | tuple[int, int]]) -> Layout:
+    if init.dim() != 1:
+        raise ValueError(f"a tensor with segments must be flat; got shape {tuple(init.shape)}")
+    ranges, names, end = [], [], 0
+    for entry in segments:
+        start, stop = entry[0], entry[1]
+        if not end <= start <= stop <= init.numel():
+            raise ValueError(
+                "segments must be ordered, disjoint and inside the tensor of "
+                f"{init.numel()} elements; got ({start}, {stop}) after {end}"
+            )
+        if isinstance(entry, Segment) and entry.dtype != init.dtype:
+            raise ValueError(f"{entry.name} is {entry.dtype}, but the flat tensor is {init.dtype}")
+        ranges.append((start, stop))
+        names.append(repr(entry.name) if isinstance(entry, Segment) else f"[{start}:{stop}]")
+        end = stop
+    return Layout(list(range(len(ranges))), names, ranges=ranges)
+
+
+def _grouped_layout(keys: list[str], segments: Any) -> Layout:
+    named = isinstance(segments, Mapping)
+    groups = list(segments.values()) if named else list(segments)
+    number = {key: s for s, group in enumerate(groups) for key in group}
+    listed = [key for group in groups for key in group]
+    if sorted(listed) != sorted(keys):
+        odd = sorted(set(listed) ^ set(keys)) or sorted({k for k in listed if listed.count(k) > 1})
+        raise ValueError(f"segments must hold every name exactly once; check {odd[:5]}")
+    names = [repr(key) for key in segments] if named else [repr(group[0]) for group in groups]
+    return Layout([number[key] for key in keys], names, keys)
+
+
+def matched(layout: Layout, init: Weights, policies: Sequence[Weights]) -> list[Tensor]:
+    """The M * T policy tensors, after checking that each policy has the form and shapes of init."""
+    if isinstance(policies, Tensor | Mapping) or len(policies) == 0:
+        raise ValueError("policies must be a sequence of at least one policy")
+    ours = layout.tensors(init)
+    if not ours:
+        raise ValueError("init must hold at least one tensor; got none")
+    result: list[Tensor] = []
+    for m, policy in enumerate(policies):
+        _check_form(m, init, policy)
+        theirs = layout.tensors(policy)
+        for t, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            where = layout.keys[t] if layout.keys is not None else layout.names[t]
+            if a.shape != b.shape or a.device != b.device:
+                raise ValueError(
+                    f"policy {m}, {where}: must be {tuple(a.shape)} on {a.device} like init; "
+                    f"got {tuple(b.shape)} on {b.device}"
+                )
+            if not (a.is_floating_point() and b.is_floating_point()):
+                raise TypeError(f"policy {m}, {where}: must be floating; got {a.dtype}, {b.dtype}")
+        result += [tensor.detach() for tensor in theirs]
+    return result
+
+
+def _check_form(m: int, init: Any, policy: Any) -> None:
+    for form in (Tensor, Mapping):
+        if isinstance(init, form) != isinstance(policy, form):
+            raise TypeError(
+                f"policy {m} must have the form of init ({type(init).__name__}); "
+                f"got {type(policy).__name__}"
+            )
+    if isinstance(init, Tensor):
+        if init.shape != policy.shape:
+            raise ValueError(
+                f"policy {m} must have shape {tuple(init.shape)}; got {tuple(policy.shape)}"
+            )
+    elif isinstance(init, Mapping):
+        if init.keys() != policy.keys():
+            odd = sorted(init.keys() ^ policy.keys())
+            raise ValueError(f"policy {m} must have the names of init; differing: {odd[:5]}")
+    elif len(init) != len(policy):
+        raise ValueError(f"policy {m} must hold {len(init)} tensors like init; got {len(policy)}")
+
+
+def empty_like(layout: Layout, init: Any) -> Any:
+    """New weights of the form of init; a flat tensor gets its gaps between segments from init."""
+    if isinstance(init, Tensor):
+        new = torch.empty_like(init)
+        if layout.ranges is not None:
+            ends = [0, *(stop for _, stop in layout.ranges)]
+            starts = [*(start for start, _ in layout.ranges), init.numel()]
+            for end, start in zip(ends, starts, strict=True):
+                new[end:start].copy_(init[end:start])
+        return new
+    if isinstance(init, Mapping):
+        return {key: torch.empty_like(tensor) for key, tensor in init.items()}
+    return [torch.empty_like(tensor) for tensor in init]

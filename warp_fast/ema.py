@@ -1,0 +1,129 @@
+"""The in-place EMA update, and the EMA anchor of a policy built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from warp_fast import _ops
+from warp_fast._backend import resolve
+
+_PARAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def ema_update_(
+    ema: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor],
+    rate: float | Tensor,
+    *,
+    residual: Tensor | Sequence[Tensor] | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+    step: int = 0,
+    backend: str = "auto",
+) -> Tensor | Sequence[Tensor]:
+    """Move an exponential moving average toward the parameters, in place, computed in fp32.
+
+        ema <- ema + rate * (params - ema)          (arXiv 2406.16768, Algorithm 1; rate is mu)
+
+    Args:
+        ema: a tensor, or a sequence of tensors, in one of three storages:
+            fp32 (or fp64, for oracles);
+            split: bf16, with `residual` int16 of the same shapes; bits of the fp32 value are
+            (ema << 16) + residual, so the pair is an exact fp32 EMA and `ema` alone its rounding
+            to bf16;
+            stochastic: bf16, rounded up or down at random, unbiased.
+        params: same count and shapes; bf16, fp16 or fp32 (fp64 with an fp64 ema).
+        rate: in [0, 1]; a number, or a 0-dim tensor on the device of ema, read on the device (its
+            value is not checked).
+        residual: selects split storage.
+        stochastic: selects stochastic storage.
+        seed, step: with `stochastic`, the random bits are a function of (seed, step, index of the
+            element in the concatenated list), equal on every backend.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Returns: `ema`.
+
+    Raises:
+        ValueError: counts, shapes, devices or the rate do not fit, or a written tensor shares
+            memory with another (pass tied weights once). TypeError: a dtype does not fit its
+            storage. All before any write.
+
+    Traffic: bytes per element: reads and writes ema (fp32 8, split 8, stochastic 4), reads params
+        (bf16 2).
+    Numerics: no fused multiply-add, exact at rate 0 and 1; split and stochastic storage are bitwise
+        equal on every backend.
+    """
+    averages, values = _listed(ema), _listed(params)
+    remainders = [] if residual is None else _listed(residual)
+    _check(averages, values, remainders, residual is not None, stochastic)
+    if not averages:
+        return ema
+    number, device_rate = _checked_rate(rate, averages[0].device)
+    first_index = [0]
+    for average in averages[:-1]:
+        first_index.append(first_index[-1] + average.numel())
+    op = _ops.EMA_UPDATE[resolve("ema", backend, averages[0].device)]
+    op(averages, values, remainders, number, device_rate, stochastic, seed, step, first_index)
+    return ema
+
+
+def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    return [tensor.detach() for tensor in found]
+
+
+def _checked_rate(rate: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    if not isinstance(rate, Tensor):
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"rate must be in [0, 1]; got {rate}")
+        return float(rate), None
+    if rate.dim() != 0 or rate.device != device or not rate.is_floating_point():
+        raise ValueError(
+            f"a tensor rate must be a floating 0-dim tensor on {device}; "
+            f"got shape {tuple(rate.shape)} {rate.dtype} on {rate.device}"
+        )
+    return 0.0, rate.detach()
+
+
+def _check(
+    ema: list[Tensor], params: list[Tensor], residual: list[Tensor], split: bool, stochastic: bool
+) -> None:
+    if split and stochastic:
+        raise ValueError("residual and stochastic are two storages; give one of them")
+    if len(ema) != len(params) or (split and len(residual) != len(ema)):
+        counts = f"{len(ema)} ema, {len(params)} params" + f", {len(residual)} residual" * split
+        raise ValueError(f"there must be as many params (and residual) as ema; got {counts}")
+    for i, (average, value) in enumerate(zip(ema, params, strict=True)):
+        others = [("params", value)] + ([("residual", residual[i])] if split else [])
+        for name, other in others:
+            if other.shape != average.shape or other.device != ema[0].device:
+                raise ValueError(
+                    f"{name}[{i}] must be {tuple(average.shape)} on {ema[0].device} like ema; "
+                    f"got {tuple(other.shape)} on {other.device}"
+                )
+        if average.device != ema[0].device:
+            raise ValueError(f"ema[{i}] must be on {ema[0].device}; got {average.device}")
+        _check_dtypes(i, average, value, residual[i] if split else None, stochastic)
+
+
+def _check_dtypes(
+    i: int, average: Tensor, value: Tensor, residual: Tensor | None, stochastic: bool
+) -> None:
+    if residual is not None or stochastic:
+        if average.dtype != torch.bfloat16:
+            raise TypeError(f"ema[{i}] must be bfloat16 in this storage; got {average.dtype}")
+    elif average.dtype == torch.bfloat16:
+        raise TypeError(
+            f"ema[{i}] is bfloat16: a bf16 average stalls at small rates. Give residual (split "
+            "storage), stochastic=True, or an fp32 ema"
+        )
+    elif average.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"ema[{i}] must be float32 (or bfloat16, split); got {average.dtype}")
+    if residual is not None and residual.dtype != torch.int16:
+        raise TypeError(f"residual[{i}] must be int16; got {residual.dtype}")
+    allowed = (*_PARAM_DTYPES, torch.float64) if average.dtype == torch.float64 else _PARAM_DTYPES
+    if value.dtype not in allowed:
+        raise TypeError(f"params[{i}] must be one of {allowed}; got {value.dtype}")

@@ -1,0 +1,83 @@
+"""Gram matrix, SLERP coefficients and their application, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20  # elements of a task vector held in fp64 at a time
+SIN_FLOOR = 1e-6  # below it two task vectors count as parallel or antiparallel
+
+
+def _delta(policy: Tensor, init: Tensor) -> Tensor:
+    """policy - init, exact in fp32 for bf16 weights; fp64 when either side is."""
+    dtype = torch.promote_types(torch.promote_types(policy.dtype, init.dtype), torch.float32)
+    return policy.to(dtype) - init.to(dtype)
+
+
+def gram_reference(
+    init: list[Tensor], policies: list[Tensor], segment: list[int], count: int
+) -> Tensor:
+    """G[s, i, j] = sum over the tensors of segment s of <delta_i, delta_j>, in fp64.
+
+    Shapes: init T tensors; policies M * T tensors, policy-major; segment T segment numbers below
+    count. Returns [count, M, M] on the device of init.
+    """
+    runs = len(policies) // len(init)
+    gram = torch.zeros(count, runs, runs, dtype=torch.float64, device=init[0].device)
+    for t, start in enumerate(init):
+        start = start.reshape(-1)
+        ends = [policies[m * len(init) + t].reshape(-1) for m in range(runs)]
+        for at in range(0, start.numel(), _CHUNK):
+            piece = slice(at, at + _CHUNK)
+            deltas = torch.stack([_delta(end[piece], start[piece]).double() for end in ends])
+            gram[segment[t]] += deltas @ deltas.T
+    return gram
+
+
+def slerp_coefficients_reference(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients of slerp_M = slerp(slerp_{M-1}, delta_M, 1/M), solved on the Gram matrix alone.
+
+    Shapes: gram [S, M, M] fp64. Returns coefficients [S, M] and the bool [S, M] that marks the
+    recursion steps with a zero, parallel or antiparallel pair (they took the linear rule).
+    """
+    segments, runs, _ = gram.shape
+    coefficients = torch.zeros(segments, runs, dtype=torch.float64)
+    degenerate = torch.zeros(segments, runs, dtype=torch.bool)
+    coefficients[:, :1] = 1.0
+    for m in range(1, runs):
+        rate = 1.0 / (m + 1)
+        dot = (coefficients * gram[:, :, m]).sum(1)
+        norm = torch.einsum("si,sij,sj->s", coefficients, gram, coefficients).clamp(min=0).sqrt()
+        cosine = (dot / (norm * gram[:, m, m].sqrt())).nan_to_num(1.0, 1.0, -1.0).clamp(-1, 1)
+        angle = torch.atan2((1 - cosine * cosine).sqrt(), cosine)
+        sine = angle.sin()
+        flat = sine < SIN_FLOOR
+        kept = torch.where(flat, 1 - rate, ((1 - rate) * angle).sin() / sine)
+        added = torch.where(flat, rate, (rate * angle).sin() / sine)
+        coefficients *= kept[:, None]
+        coefficients[:, m] = added
+        degenerate[:, m] = flat
+    return coefficients, degenerate
+
+
+def slerp_apply_reference_(
+    out: list[Tensor],
+    init: list[Tensor],
+    policies: list[Tensor],
+    coefficients: Tensor,
+    segment: list[int],
+) -> None:
+    """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init), for all rows k.
+
+    Shapes: out K * T tensors, row-major; coefficients [K, S, M] fp64. out may be init when K = 1.
+    """
+    count = len(init)
+    table = coefficients.tolist()
+    for t, start in enumerate(init):
+        deltas = [_delta(end, start) for end in policies[t::count]]
+        for k, row in enumerate(table):
+            total = start.to(deltas[0].dtype)
+            for weight, delta in zip(row[segment[t]], deltas, strict=True):
+                total = total + weight * delta
+            out[k * count + t].copy_(total)
