@@ -1,5 +1,6 @@
 """WARP (Weight Averaged Rewarded Policies, arXiv 2406.16768) with fused ops for RLHF."""
 
+from warp_fast.anchor import EMAAnchor
 from warp_fast.ema import ema_update_
 from warp_fast.flat import FlatParameters
 from warp_fast.slerp import SlerpReport, gram, lerp, slerp, slerp_coefficients
@@ -7,6 +8,7 @@ from warp_fast.slerp import SlerpReport, gram, lerp, slerp, slerp_coefficients
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMAAnchor",
     "FlatParameters",
     "SlerpReport",
     "ema_update_",

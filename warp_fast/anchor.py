@@ -1,0 +1,162 @@
+"""EMAAnchor: a second module whose weights are the exponential moving average of a policy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from warp_fast.ema import ema_update_
+from warp_fast.reference.ema import join_float32, split_float32
+
+Storage = Literal["split", "fp32", "bf16"]
+
+
+class EMAAnchor:
+    """The KL anchor of WARP: starts as an exact copy of the policy and follows it slowly.
+
+        anchor <- anchor + rate * (policy - anchor)     after every optimizer step
+                                                        (arXiv 2406.16768, Algorithm 1; rate is mu)
+
+    Args:
+        policy: the module being trained. Its frozen parameters are shared, not copied; tied weights
+            are stored once; buffers are copied at every update.
+        rate: mu in [0, 1]; may be assigned to later. 0 keeps a static anchor.
+        storage: "split" keeps bf16 weights in `module` and 16 more bits aside, together an exact
+            fp32 average at 4 bytes per parameter; "fp32" keeps fp32 weights in `module` (fp64 for a
+            fp64 policy); "bf16" keeps bf16 weights, rounded stochastically, at 2 bytes.
+        seed: of the stochastic rounding.
+
+    Attributes:
+        module: the anchor itself, in eval mode, without gradients; call it like the policy.
+        step: updates made since the last reset.
+
+    Raises:
+        ValueError: unknown storage, or a rate outside [0, 1]. TypeError: a parameter dtype that
+            the storage cannot hold exactly.
+
+    Traffic: an update reads the trainable parameters and reads and writes the average: 10 bytes per
+        parameter for split or fp32 storage of a bf16 policy, 6 for bf16.
+    """
+
+    def __init__(
+        self, policy: nn.Module, rate: float = 0.01, storage: Storage = "split", *, seed: int = 0
+    ) -> None:
+        if storage not in ("split", "fp32", "bf16"):
+            raise ValueError(f"storage must be 'split', 'fp32' or 'bf16'; got {storage!r}")
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"rate must be in [0, 1]; got {rate}")
+        self.policy = policy
+        self.rate = rate
+        self.storage = storage
+        self.seed = seed
+        self.step = 0
+        trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        self._averages: dict[str, nn.Parameter] = {}
+        self._residuals: dict[str, Tensor] = {}
+        for name, parameter in trainable.items():
+            average = torch.empty_like(parameter, dtype=_average_dtype(name, parameter, storage))
+            self._averages[name] = nn.Parameter(average, requires_grad=False)
+            if storage == "split":
+                self._residuals[name] = torch.zeros_like(average, dtype=torch.int16)
+        # deepcopy takes from the memo what stands for a parameter already: averages and shared ones
+        stands_for: dict[int, Any] = {id(p): p for p in policy.parameters()}
+        stands_for.update({id(p): self._averages[n] for n, p in trainable.items()})
+        self.module: nn.Module = copy.deepcopy(policy, stands_for)
+        self.module.eval()
+        self._sources = list(trainable.values())
+        self.reset_()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the anchor one step toward the policy; call it after every optimizer step."""
+        ema_update_(
+            list(self._averages.values()),
+            self._sources,
+            self.rate,
+            residual=list(self._residuals.values()) if self.storage == "split" else None,
+            stochastic=self.storage == "bf16",
+            seed=self.seed,
+            step=self.step,
+        )
+        self._copy_buffers()
+        self.step += 1
+
+    @torch.no_grad()
+    def reset_(self) -> None:
+        """Make the anchor an exact copy of the policy again (each run of WARP starts so)."""
+        for (name, average), source in zip(self._averages.items(), self._sources, strict=True):
+            if self.storage == "split":
+                high, low = split_float32(source.detach().float())
+                average.copy_(high)
+                self._residuals[name].copy_(low)
+            else:
+                average.copy_(source)
+        self._copy_buffers()
+        self.step = 0
+
+    def _copy_buffers(self) -> None:
+        for ours, theirs in zip(self.module.buffers(), self.policy.buffers(), strict=True):
+            ours.copy_(theirs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs, by reference: the averages, residuals, step and rate.
+
+        Frozen parameters belong to the policy's state and are not in it.
+        """
+        return {
+            "storage": self.storage,
+            "rate": self.rate,
+            "seed": self.seed,
+            "step": self.step,
+            "averages": {name: average.detach() for name, average in self._averages.items()},
+            "residuals": dict(self._residuals),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; raises ValueError, changing nothing, if it is of another anchor."""
+        if state["storage"] != self.storage:
+            raise ValueError(
+                f"storage must be {self.storage!r}; the state has {state['storage']!r}"
+            )
+        targets = {"averages": dict(self._averages), "residuals": dict(self._residuals)}
+        for part, ours in targets.items():
+            theirs = state[part]
+            if ours.keys() != theirs.keys():
+                odd = sorted(ours.keys() ^ theirs.keys())
+                raise ValueError(f"{part} must have the policy's names; differing: {odd[:5]}")
+            for name in ours:
+                if ours[name].shape != theirs[name].shape:
+                    raise ValueError(
+                        f"{part} of {name} must be {tuple(ours[name].shape)}; "
+                        f"got {tuple(theirs[name].shape)}"
+                    )
+        for part, ours in targets.items():
+            for name, tensor in ours.items():
+                tensor.copy_(state[part][name])
+        self.rate, self.seed, self.step = state["rate"], state["seed"], state["step"]
+
+    def averaged_state_dict(self) -> dict[str, Tensor]:
+        """The anchor's weights at full precision (fp32 averages), under the names of the module."""
+        exact = {
+            id(average): join_float32(average.detach(), self._residuals[name])
+            if self.storage == "split"
+            else average.detach().to(torch.promote_types(average.dtype, torch.float32))
+            for name, average in self._averages.items()
+        }
+        tensors = self.module.state_dict(keep_vars=True)
+        return {name: exact.get(id(tensor), tensor.detach()) for name, tensor in tensors.items()}
+
+
+def _average_dtype(name: str, parameter: Tensor, storage: Storage) -> torch.dtype:
+    if not parameter.is_floating_point():
+        raise TypeError(f"{name} must be floating to be averaged; got {parameter.dtype}")
+    if storage == "fp32":
+        return torch.promote_types(parameter.dtype, torch.float32)
+    if parameter.dtype == torch.float64:
+        raise TypeError(f"{name} is float64, which {storage} storage cannot hold; use 'fp32'")
+    return torch.bfloat16
