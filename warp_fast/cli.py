@@ -1,0 +1,139 @@
+"""The command line: warp-fast train | merge | eval | doctor."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_COMMANDS = {
+    "train": "run WARP on a policy, from prompts to a KL-reward front",
+    "merge": "merge checkpoints by SLERP of their task vectors",
+    "eval": "evaluate policies and everything between them and SFT",
+    "doctor": "say which backends and attention kernels work here, and why others do not",
+}
+_NEEDED = ("jsonargparse", "transformers", "safetensors", "rich", "matplotlib", "yaml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 1 failed, 2 wrong usage)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if given else 2
+    command, rest = given[0], given[1:]
+    if command == "--version":
+        from warp_fast import __version__
+
+        print(f"warp-fast {__version__}")
+        return 0
+    if command not in _COMMANDS:
+        return _fail(f"unknown command {command!r}{_nearest(command, _COMMANDS)}\n{_usage()}", 2)
+    if command == "doctor":
+        from warp_fast import doctor
+
+        return doctor.main(rest)
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(f"{command} needs {', '.join(missing)}; pip install 'warp_fast[rl]'", 1)
+    return _run(command, rest)
+
+
+def _usage() -> str:
+    rows = [f"  {name:8} {what}" for name, what in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: warp-fast COMMAND [--config FILE.yaml] [--option VALUE ...]",
+            "",
+            *rows,
+            "",
+            "'warp-fast COMMAND --help' lists the options of a command.",
+        ]
+    )
+
+
+def _run(command: str, rest: list[str]) -> int:
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+    from warp_fast import commands
+
+    function: Callable[..., None] = getattr(commands, command)
+    parser = ArgumentParser(
+        prog=f"warp-fast {command}", description=_COMMANDS[command], exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="a YAML file of these options")
+    commands.add_options(parser, command)
+    try:
+        options: Namespace = parser.parse_args(_spread(parser, rest))
+    except ArgumentError as error:
+        return _fail(_explained(str(error), parser), 2)
+    del options["config"]
+    try:
+        function(**parser.instantiate(options).as_dict())
+    except KeyboardInterrupt:
+        return _fail("interrupted; start the same command again to go on", 130)
+    except (ValueError, TypeError, OSError, commands.RewardError) as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+def _spread(parser: Any, arguments: list[str]) -> list[str]:
+    """Let list options take several values or be repeated: --eta 0.3 0.5 is --eta=[0.3,0.5]."""
+    names = _list_options(parser)
+    result: list[str] = []
+    collected: dict[str, list[str]] = {}
+    current = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, _, value = argument.partition("=")
+            current = name if name in names and not value.startswith("[") else None
+            if current is not None:
+                collected.setdefault(current, []).extend([value] if value else [])
+                continue
+        elif current is not None and not argument.startswith("["):
+            collected[current].append(argument)
+            continue
+        elif current is not None:
+            result.append(f"{current}={argument}")
+            del collected[current]
+            current = None
+            continue
+        result.append(argument)
+    return result + [f"{name}=[{', '.join(values)}]" for name, values in collected.items()]
+
+
+def _list_options(parser: Any) -> set[str]:
+    found = set()
+    for action in parser._actions:
+        if "list[" in str(getattr(action, "_typehint", "")):
+            found.update(option for option in action.option_strings if not option.endswith("+"))
+    return found
+
+
+def _explained(message: str, parser: Any) -> str:
+    """The parser's message, with the nearest option where one is unknown."""
+    known = {option for action in parser._actions for option in action.option_strings}
+    names = {option.lstrip("-") for option in known}
+    for word in message.replace("'", " ").replace("=", " ").split():
+        name = word.lstrip("-")
+        if word.startswith("--") and word not in known:
+            return message + _nearest(name, names, "--")
+        if "not accepted" in message and name not in names and f"'{name}'" in message:
+            return message + _nearest(name, names)
+    return message
+
+
+def _nearest(word: str, known: Sequence[str] | set[str] | dict[str, str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"warp-fast: error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

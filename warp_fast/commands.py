@@ -1,0 +1,118 @@
+"""What the commands of the command line do; each is a plain function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from warp_fast.merge import merge_checkpoints
+from warp_fast.rl.compare import evaluate_checkpoints
+from warp_fast.rl.config import WarpConfig
+from warp_fast.rl.reward import RewardError
+from warp_fast.rl.warp import warp
+
+__all__ = ["RewardError", "add_options", "eval", "merge", "train"]
+
+
+def add_options(parser: Any, command: str) -> None:
+    """Give a jsonargparse parser the options of a command, from its signature and docstring."""
+    if command == "train":
+        parser.add_class_arguments(WarpConfig)
+    else:
+        parser.add_function_arguments(globals()[command])
+
+
+def train(**options: Any) -> None:
+    """Run WARP; the options are the fields of WarpConfig."""
+    warp(WarpConfig(**options))
+
+
+def merge(
+    init: str,
+    policy: list[str],
+    output: str,
+    eta: list[float] = [1.0],  # noqa: B006 - never changed; shown as the default in --help
+    method: Literal["slerp", "lerp"] = "slerp",
+    granularity: Literal["tensor", "block", "model"] = "block",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    dry_run: bool = False,
+    backend: str = "auto",
+) -> None:
+    """Merge policies that were trained from one initialisation.
+
+    Args:
+        init: checkpoint directory that all policies started from.
+        policy: checkpoint directories to merge, in order (it matters for three or more).
+        output: directory to write; with several eta, one directory per eta inside it.
+        eta: LITI steps from init toward the merge.
+        method: slerp of the task vectors, or their mean (lerp).
+        granularity: what shares one angle.
+        dtype: of the output; default that of init.
+        dry_run: say what would be done and stop.
+        backend: auto, reference, cpp, triton or cuda.
+    """
+    merge_checkpoints(
+        init,
+        list(policy),
+        output,
+        method=method,
+        granularity=granularity,
+        eta=eta if len(eta) != 1 else eta[0],
+        dtype=dtype,
+        dry_run=dry_run,
+        backend=backend,
+    )
+
+
+def eval(
+    sft: str,
+    policy: list[str],
+    prompts: str,
+    reward: str,
+    output: str,
+    eta: list[float] = [1.0],  # noqa: B006 - never changed; shown as the default in --help
+    held_out_reward: str | None = None,
+    samples: int = 256,
+    batch_size: int = 64,
+    max_new_tokens: int = 256,
+    temperature: float = 0.9,
+    seed: int = 0,
+    device: str = "auto",
+    attention: str = "auto",
+) -> None:
+    """Evaluate policies: reward and KL to SFT, at every eta between SFT and each of them.
+
+    Args:
+        sft: checkpoint directory or hub id that the KL refers to.
+        policy: checkpoint directories to evaluate.
+        prompts: .jsonl or .txt file of prompts.
+        reward: "module:function", "file.py:function", or a sequence-classification model.
+        output: directory for front.csv and front.png.
+        eta: points evaluated from sft (0) to the policy (1).
+        held_out_reward: a second reward, reported beside the first.
+        samples: completions per point.
+        batch_size: completions per forward pass.
+        max_new_tokens: longest completion.
+        temperature: of sampling, and of the log-probabilities.
+        seed: of sampling.
+        device: auto, cpu or cuda.
+        attention: auto, or a name that transformers knows.
+    """
+    config = WarpConfig(
+        policy=sft,
+        prompts=prompts,
+        reward=reward,
+        output=output,
+        held_out_reward=held_out_reward,
+        sweep=list(eta),
+        baseline="batch_mean",
+        samples_per_prompt=1,
+        eval_samples=samples,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        attention=attention,
+    )
+    evaluate_checkpoints(config, [Path(p) for p in policy])

@@ -1,0 +1,34 @@
+"""Evaluate finished checkpoints against the SFT policy they came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from warp_fast.rl.config import WarpConfig
+from warp_fast.rl.evaluate import FrontPoint, sweep, write_front
+from warp_fast.rl.plot import plot_front
+from warp_fast.rl.policy import load_policy
+from warp_fast.rl.progress import Display
+from warp_fast.rl.task import prepare
+
+
+def evaluate_checkpoints(
+    config: WarpConfig, policies: list[Path], *, progress: bool = True
+) -> list[FrontPoint]:
+    """Sweep eta from config.policy (SFT) to each checkpoint; write front.csv and front.png.
+
+    Raises:
+        ValueError: a checkpoint is missing or not of the architecture of SFT.
+    """
+    policy = load_policy(config)
+    _, evaluator = prepare(config, policy)
+    points: list[FrontPoint] = []
+    with Display(config, enabled=progress) as display:
+        for checkpoint in policies:
+            policy.load_weights(checkpoint)
+            points += sweep(evaluator, config.sweep, str(checkpoint), display.point)
+        output = Path(config.output)
+        write_front(output / "front.csv", points)
+        plot_front(output / "front.png", points)
+        display.finished(output, points)
+    return points

@@ -1,0 +1,206 @@
+"""A causal LM as a policy: loading, hidden states for the fused head, sampling, saving."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warp_fast.loss import linear_token_logprobs
+from warp_fast.rl.attention import choose_attention
+from warp_fast.rl.config import WarpConfig
+from warp_fast.rl.files import replaced
+
+logger = logging.getLogger("warp_fast")
+
+
+@dataclass
+class Policy:
+    """A model in fp32, its tokenizer, and how its forward pass runs.
+
+    Attributes:
+        model: a transformers causal LM, in eval mode (no dropout, in the gradient pass neither).
+        eos_ids: tokens that end a completion.
+        softcap: final-logit softcap of the head, or None.
+        generation_config: the checkpoint's own, kept for saving; sampling never uses it, since its
+            top-k or top-p would make the sampled distribution another than the scored one.
+        saved_dtype: dtype of the checkpoint it came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    compute_dtype: torch.dtype
+    eos_ids: list[int]
+    softcap: float | None
+    generation_config: Any
+    saved_dtype: torch.dtype
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model takes."""
+        return int(self.model.config.max_position_embeddings)
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Run matrix work in the compute dtype; fp32 needs nothing."""
+        enabled = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled):
+            yield
+
+    def hidden(self, model: Any, tokens: Tensor, attention_mask: Tensor, last: int) -> Tensor:
+        """Hidden states that predict the `last` tokens of each row.
+
+        Args:
+            model: self.model, or a module of the same architecture such as the anchor.
+            tokens, attention_mask: [B, L], left-padded.
+            last: T, how many tokens at the end are scored.
+
+        Returns: [B, T, D].
+        """
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        with self.autocast():
+            output = model.base_model(
+                input_ids=tokens,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                use_cache=False,
+            )
+        states: Tensor = output.last_hidden_state[:, -last - 1 : -1]
+        return states
+
+    def save(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write a Hugging Face directory, whole or not at all."""
+        model = self.model
+        if dtype != torch.float32:
+            model = copy.deepcopy(model).to(dtype)
+        with replaced(directory) as aside:
+            ours, model.generation_config = model.generation_config, self.generation_config
+            try:
+                model.save_pretrained(aside)
+            finally:
+                model.generation_config = ours
+            self.tokenizer.save_pretrained(aside)
+
+    def load_weights(self, directory: Path) -> None:
+        """Take over the weights of a directory written by `save` or by a merge."""
+        self.model.load_state_dict(load_model(str(directory), "eager").state_dict())
+
+
+def head_weight(model: Any) -> Tensor:
+    """[V, D] weight of the output head."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def load_model(source: str, attention: str) -> Any:
+    """A causal LM in fp32 from a directory or hub id; one clear ValueError when it is not there."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=attention
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"policy {source!r} could not be loaded as a causal LM: {error}"
+        ) from error
+    except Exception as error:  # safetensors raises its own, unrelated to the above
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"policy {source!r} holds a corrupt checkpoint: {error}") from error
+
+
+def load_policy(config: WarpConfig, source: str | None = None) -> Policy:
+    """Load the policy of a config and check that it can be trained.
+
+    Raises:
+        ValueError: no model or tokenizer there, no pad token, an attention that would drop the
+            model's softcap, or a head that is not `softcap(hidden @ weight.T)`.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    source = source or config.policy
+    device = torch.device(_auto_device(config.device))
+    try:
+        settings = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"policy must be a Hugging Face directory or hub id with a tokenizer; {source!r} is "
+            f"not: {error}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {source!r} must have a pad token; set one with "
+            "tokenizer.add_special_tokens({'pad_token': '<pad>'}) and save it with the model"
+        )
+    attention, why = choose_attention(settings, config.attention, device)
+    logger.info("attention: %s (%s)", attention, why)
+    model = load_model(source, attention).to(device).eval()
+    original = model.generation_config
+    eos_ids = _eos_ids(original, tokenizer)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=eos_ids or None,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=original.bos_token_id,
+    )
+    policy = Policy(
+        model,
+        tokenizer,
+        device,
+        _auto_dtype(config.compute_dtype, device),
+        eos_ids,
+        getattr(model.config, "final_logit_softcapping", None),
+        original,
+        getattr(settings, "dtype", None) or torch.float32,
+    )
+    _check_head(policy)
+    return policy
+
+
+def _auto_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _auto_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _eos_ids(generation_config: Any, tokenizer: Any) -> list[int]:
+    found = generation_config.eos_token_id
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        return []
+    return [int(i) for i in found] if isinstance(found, list) else [int(found)]
+
+
+@torch.no_grad()
+def _check_head(policy: Policy) -> None:
+    """Hold the fused head to the model's own logits on a few tokens."""
+    vocabulary = policy.model.config.vocab_size
+    tokens = torch.arange(8, device=policy.device)[None] % vocabulary
+    mask = torch.ones_like(tokens)
+    hidden = policy.hidden(policy.model, tokens, mask, 7)[0].float()
+    weight = head_weight(policy.model)
+    ours = linear_token_logprobs(hidden, weight, tokens[0, 1:], softcap=policy.softcap)
+    logits = policy.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0, :-1]
+    theirs = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    error = (ours - theirs).abs().max().item()
+    if not error < (1e-3 if policy.compute_dtype == torch.float32 else 0.25):
+        raise ValueError(
+            f"{type(policy.model).__name__} must compute its logits as softcap(hidden @ weight.T); "
+            f"its log-probs differ from that by {error:.3g}"
+        )
