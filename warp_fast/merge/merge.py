@@ -1,0 +1,175 @@
+"""merge_checkpoints: checkpoint directories in, checkpoint directory out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from warp_fast.merge.carry import carry_over
+from warp_fast.merge.checkpoint import Checkpoint, CheckpointError, MappedFiles
+from warp_fast.merge.plan import MergePlan, plan_merge
+from warp_fast.merge.progress import byte_progress
+from warp_fast.merge.report import MergeReport, write_report
+from warp_fast.merge.stream import Merger, Solution
+from warp_fast.merge.write import Writer, staged
+
+_COMPARED = 1 << 22  # elements of a tied head that are compared at a time
+
+
+def merge_checkpoints(
+    init: str | Path,
+    policies: Sequence[str | Path],
+    output: str | Path,
+    *,
+    method: str = "slerp",
+    granularity: str = "block",
+    eta: float | Sequence[float] = 1.0,
+    dtype: str | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+    backend: str = "auto",
+) -> MergeReport:
+    """Merge checkpoints that were trained from one initialisation into a new checkpoint.
+
+        theta = theta_init + eta * slerp_M(theta_1 - theta_init, .., theta_M - theta_init)
+
+    Args:
+        init: directory with safetensors, in one file or in shards, that all policies started from.
+        policies: M >= 1 directories of the same architecture; they may be sharded differently.
+        output: directory to write; it must not exist, or be empty. With more than one eta it gets
+            one checkpoint per eta, eta-0.3/ and so on.
+        method: "slerp" of the task vectors (order matters for M >= 3), or "lerp", their mean.
+        granularity: what shares one angle: "tensor", "block" (all tensors of one transformer block;
+            every other tensor its own) or "model".
+        eta: LITI step in [0, 2], or several, from the same two passes; 0 is init, 1 the merge.
+        dtype: "float32", "bfloat16" or "float16" for the output; None keeps the dtypes of init.
+        dry_run: print what would be done, and write nothing.
+        progress: show a bar with GB/s and time left on standard error.
+        backend: "auto", "reference" or "cpp".
+
+    Returns: what was found per segment; it is also in every output as merge_report.json.
+
+    Raises:
+        CheckpointError (a ValueError): an input is unreadable, does not match init, or holds NaN or
+            inf. ValueError: an argument is out of range. OSError: the output exists, or the disk is
+            full. In every case nothing is left behind.
+
+    Traffic: reads M + 1 checkpoints (SLERP again from the page cache, as far as they fit in it) and
+        writes one per eta, in bounded memory.
+    Numerics: Grams in fp64, output in fp32 arithmetic (fp64 for fp64 tensors) rounded once;
+        deterministic, however the tensors are spread over files.
+    """
+    plan = plan_merge(
+        init, policies, output, method=method, granularity=granularity, eta=eta, dtype=dtype
+    )
+    if dry_run:
+        print(plan.describe())
+        return _report(plan, None)
+    _check_installed(progress)
+    files = MappedFiles(plan.inputs)
+    _check_tied(plan, files)
+    with staged(plan.output) as aside:
+        directories = [aside / o.relative_to(plan.output) for o in plan.outputs]
+        solution = _write_weights(plan, files, directories, progress, backend)
+        report = _report(plan, solution)
+        for directory in directories:
+            carry_over(plan, directory)
+        write_report(report, directories)
+    if report.degenerate:
+        some = ", ".join(report.degenerate[:5]) + (", ..." if len(report.degenerate) > 5 else "")
+        warnings.warn(
+            f"merge: zero, parallel or antiparallel task vectors in {len(report.degenerate)} of "
+            f"{len(report.segments)} segments ({some}); these were merged linearly",
+            stacklevel=2,
+        )
+    return report
+
+
+def _check_installed(progress: bool) -> None:
+    needed = ["matplotlib", "rich"] if progress else ["matplotlib"]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"a merge needs {', '.join(missing)}; pip install warp_fast[rl]")
+
+
+def _check_tied(plan: MergePlan, files: MappedFiles) -> None:
+    """A stored head that counts as tied must be the embedding; a trained one is not dropped."""
+    for checkpoint in plan.inputs:
+        for head in set(plan.tied) & checkpoint.entries.keys():
+            embedding = _embedding(checkpoint, head)
+            ours, theirs = checkpoint.entries[embedding], checkpoint.entries[head]
+            same = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            for at in range(0, ours.numel if same else 0, _COMPARED):
+                stop = min(at + _COMPARED, ours.numel)
+                same = same and torch.equal(
+                    files.view(ours, at, stop), files.view(theirs, at, stop)
+                )
+            files.release()
+            if not same:
+                raise CheckpointError(
+                    f"{checkpoint}: {head} differs from {embedding}, but init ties them; it would "
+                    "be lost. Set tie_word_embeddings to false and store the head in init as well"
+                )
+
+
+def _embedding(checkpoint: Checkpoint, head: str) -> str:
+    """The input embedding nearest to a head by name."""
+    found = [name for name in checkpoint.entries if name.endswith("embed_tokens.weight")]
+    root = head.removesuffix("lm_head.weight")
+    return min(found, key=lambda name: (not name.startswith(root), len(name)))
+
+
+def _write_weights(
+    plan: MergePlan, files: MappedFiles, directories: list[Path], progress: bool, backend: str
+) -> Solution:
+    with contextlib.ExitStack() as stack:
+        writers = []
+        for directory in directories:
+            directory.mkdir(exist_ok=True)
+            writers.append(stack.enter_context(Writer(directory, plan.files)))
+        for name in plan.copied:
+            for writer in writers:
+                writer.write(name, 0, files.content(plan.init.entries[name]))
+        merger = Merger(plan, files, writers, backend)
+        return merger.run(stack.enter_context(byte_progress(merger.total_bytes, shown=progress)))
+
+
+def _report(plan: MergePlan, solution: Solution | None) -> MergeReport:
+    """The report, segments in the order of their numbers; of NaN where nothing was computed."""
+    names = sorted(plan.segments, key=_natural)
+    runs = len(plan.policies)
+    gram = torch.full((len(names), runs, runs), math.nan, dtype=torch.float64)
+    coefficients = gram[:, :, 0]
+    degenerate: list[str] = []
+    if solution is not None:
+        place = {name: s for s, name in enumerate(plan.segments)}
+        order = [place[name] for name in names]
+        gram, coefficients = solution.gram[order], solution.coefficients[order]
+        degenerate = [name for name in names if solution.degenerate[place[name]]]
+    return MergeReport(
+        method=plan.method,
+        granularity=plan.granularity,
+        etas=plan.etas,
+        dtype=plan.dtype,
+        init=plan.init.path,
+        policies=[policy.path for policy in plan.policies],
+        segments=names,
+        gram=gram,
+        coefficients=coefficients,
+        degenerate=degenerate,
+        outputs=plan.outputs,
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

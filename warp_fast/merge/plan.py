@@ -1,0 +1,232 @@
+"""What a merge will read and write, decided and checked from headers alone."""
+
+from __future__ import annotations
+
+import errno
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from warp_fast.merge.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from warp_fast.merge.layout import OutputFile, output_files
+
+METHODS = ("slerp", "lerp")
+GRANULARITIES = ("tensor", "block", "model")
+OUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_BLOCK = re.compile(r"^(?:.*?\.)?(?:layers?|blocks?|h)\.\d+(?=\.)")
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that passed every check on headers.
+
+    Attributes:
+        segments: names of the float tensors that share an angle, by the name of the segment.
+        copied: tensors that are not floating point; they come from init.
+        tied: heads that are the embedding by the config; they are neither read nor written.
+        outputs: one directory per eta.
+        files: the safetensors files of each output.
+    """
+
+    init: Checkpoint
+    policies: list[Checkpoint]
+    output: Path
+    method: str
+    granularity: str
+    etas: list[float]
+    dtype: str | None
+    segments: dict[str, list[str]]
+    copied: list[str]
+    tied: list[str]
+    outputs: list[Path]
+    files: list[OutputFile]
+
+    @property
+    def inputs(self) -> list[Checkpoint]:
+        return [self.init, *self.policies]
+
+    def out_dtype(self, name: str) -> torch.dtype:
+        """What a float tensor is written as."""
+        return OUT_DTYPES[self.dtype] if self.dtype else self.init.entries[name].dtype
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the tensors that are needed; SLERP goes over them twice, mostly in cache."""
+        merged = [name for group in self.segments.values() for name in group]
+        copied = sum(self.init.entries[name].nbytes for name in self.copied)
+        return copied + sum(c.entries[name].nbytes for c in self.inputs for name in merged)
+
+    @property
+    def bytes_written(self) -> int:
+        return len(self.outputs) * sum(file.size for file in self.files)
+
+    def describe(self) -> str:
+        """The plan, for a person."""
+        tensors = sum(len(group) for group in self.segments.values())
+        lines = [
+            f"{self.method} of {len(self.policies)} policies per {self.granularity}, eta "
+            + ", ".join(f"{eta:g}" for eta in self.etas),
+            *(f"  {checkpoint}" for checkpoint in self.inputs),
+            f"{tensors} tensors in {len(self.segments)} segments",
+        ]
+        if self.copied:
+            lines.append(f"copied from init, not floating point: {', '.join(self.copied)}")
+        if self.tied:
+            lines.append(f"tied to the embedding, not written: {', '.join(self.tied)}")
+        lines += [
+            f"reads {self.bytes_read / 1e9:.3f} GB, writes {self.bytes_written / 1e9:.3f} GB",
+            *(f"  {output / file.name}" for output in self.outputs for file in self.files),
+        ]
+        return "\n".join(lines)
+
+
+def plan_merge(
+    init: str | Path,
+    policies: Sequence[str | Path],
+    output: str | Path,
+    *,
+    method: str,
+    granularity: str,
+    eta: float | Sequence[float],
+    dtype: str | None,
+) -> MergePlan:
+    """Check the arguments, the headers and the place of the output; raise at the first fault.
+
+    Raises:
+        ValueError: an argument is out of its range. CheckpointError: an input cannot be read, or
+            does not match init. OSError: the output exists, or does not fit on the disk.
+    """
+    etas = _checked(policies, method, granularity, eta, dtype)
+    start = open_checkpoint(Path(init), "init")
+    ends = [open_checkpoint(Path(p), f"policy {m}") for m, p in enumerate(policies, 1)]
+    tied = _tied_heads(start, ends)
+    names = [name for name in start.names if name not in tied]
+    for end in ends:
+        _check_match(start, end, names, tied)
+    _check_quantised([start, *ends])
+    floating = [n for n in names if start.entries[n].dtype in FLOATING]
+    dtypes = {n: OUT_DTYPES[dtype] if dtype else start.entries[n].dtype for n in floating}
+    shapes = [(n, dtypes.get(n, start.entries[n].dtype), start.entries[n].shape) for n in names]
+    target = Path(output)
+    several = not isinstance(eta, int | float) and len(etas) > 1
+    plan = MergePlan(
+        init=start,
+        policies=ends,
+        output=target,
+        method=method,
+        granularity=granularity,
+        etas=etas,
+        dtype=dtype,
+        segments=_segments(floating, granularity),
+        copied=[n for n in names if start.entries[n].dtype not in FLOATING],
+        tied=sorted(tied),
+        outputs=[target / f"eta-{e:g}" for e in etas] if several else [target],
+        files=output_files(shapes),
+    )
+    _check_output(plan)
+    return plan
+
+
+def _checked(
+    policies: Sequence[str | Path],
+    method: str,
+    granularity: str,
+    eta: float | Sequence[float],
+    dtype: str | None,
+) -> list[float]:
+    for name, value, known in (
+        ("method", method, METHODS),
+        ("granularity", granularity, GRANULARITIES),
+        ("dtype", dtype, (None, *OUT_DTYPES)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}")
+    if isinstance(policies, str | Path) or len(policies) == 0:
+        raise ValueError(f"policies must be a list of at least one directory; got {policies!r}")
+    etas = [float(e) for e in ([eta] if isinstance(eta, int | float) else eta)]
+    if not etas or not all(math.isfinite(e) and 0 <= e <= 2 for e in etas):
+        raise ValueError(f"eta must be in [0, 2] (0 is init, 1 the merge); got {eta}")
+    if len({f"{e:g}" for e in etas}) < len(etas):
+        raise ValueError(f"each eta must be given once, to six digits; got {eta}")
+    return etas
+
+
+def _tied_heads(init: Checkpoint, policies: list[Checkpoint]) -> set[str]:
+    """Heads that are the embedding: by the config of init, or because init stores none."""
+    config = init.config
+    text = config.get("text_config")
+    nested = text if isinstance(text, dict) else {}
+    # configs leave out what is the default of their class; for every Gemma that is tied
+    default = str(config.get("model_type", "")).startswith("gemma")
+    tied = config.get("tie_word_embeddings", nested.get("tie_word_embeddings", default))
+    stored = [name for c in (init, *policies) for name in c.entries]
+    heads = {name for name in stored if name == _HEAD or name.endswith("." + _HEAD)}
+    embedded = any(name.endswith(_EMBEDDING) for name in init.entries)
+    if embedded and (tied or heads.isdisjoint(init.entries)):
+        return heads or {_HEAD}
+    return set()
+
+
+def _check_match(init: Checkpoint, policy: Checkpoint, names: list[str], tied: set[str]) -> None:
+    """A policy must have the tensors of init; a head that init ties may be there or not."""
+    expected, found = set(names), policy.entries.keys() - tied
+    for what, odd in (("lacks", expected - found), ("has unknown", found - expected)):
+        if odd:
+            some = ", ".join(sorted(odd)[:5]) + (", ..." if len(odd) > 5 else "")
+            raise CheckpointError(f"{policy} {what} {len(odd)} tensors, compared to init: {some}")
+    for name in names:
+        ours, theirs = init.entries[name], policy.entries[name]
+        if ours.shape != theirs.shape:
+            raise CheckpointError(f"{policy}: {_shape_fault(name, ours.shape, theirs.shape)}")
+        if (ours.dtype in FLOATING) != (theirs.dtype in FLOATING):
+            raise CheckpointError(f"{policy}: {name} is {theirs.dtype}, but {ours.dtype} in init")
+
+
+def _shape_fault(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    if name.endswith((_HEAD, _EMBEDDING)) and ours[1:] == theirs[1:]:
+        return (
+            f"vocabulary of {theirs[0]} rows in {name}, but {ours[0]} in init; resize one of the "
+            "models first (resize_token_embeddings), nothing is truncated here"
+        )
+    return f"{name} has shape {list(theirs)}, but {list(ours)} in init"
+
+
+def _check_quantised(checkpoints: list[Checkpoint]) -> None:
+    for checkpoint in checkpoints:
+        if checkpoint.config.get("quantization_config"):
+            raise CheckpointError(f"{checkpoint} is quantised; merge the full-precision weights")
+
+
+def _segments(names: list[str], granularity: str) -> dict[str, list[str]]:
+    segments: dict[str, list[str]] = {}
+    for name in names:
+        block = _BLOCK.match(name) if granularity == "block" else None
+        key = "model" if granularity == "model" else block.group() if block else name
+        segments.setdefault(key, []).append(name)
+    return segments
+
+
+def _check_output(plan: MergePlan) -> None:
+    output = plan.output
+    for checkpoint in plan.inputs:
+        if output.resolve().is_relative_to(checkpoint.path.resolve()):
+            raise ValueError(f"output {output} is inside {checkpoint}; choose another place")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(
+            errno.EEXIST, "output exists and is not empty; delete it or choose another", str(output)
+        )
+    parent = next(p for p in output.absolute().parents if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if plan.bytes_written > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the merge needs {plan.bytes_written / 1e9:.3f} GB, {free / 1e9:.3f} GB are free",
+            str(parent),
+        )

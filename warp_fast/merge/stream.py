@@ -1,0 +1,153 @@
+"""The two passes over mapped checkpoints, tile by tile, in bounded memory."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from warp_fast import _ops
+from warp_fast._backend import resolve
+from warp_fast.merge.checkpoint import CheckpointError, MappedFiles, prefetch
+from warp_fast.merge.plan import MergePlan
+from warp_fast.merge.steps import Piece, Step, merge_steps
+from warp_fast.merge.write import Writer
+from warp_fast.reference.slerp import slerp_coefficients_reference
+
+_AHEAD = 2  # tiles that the kernel reads from disk before they are needed
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Segments in the order asked for: gram [S, M, M], coefficients [S, M], degenerate [S]."""
+
+    gram: Tensor
+    coefficients: Tensor
+    degenerate: Tensor
+
+
+class Merger:
+    """Runs a plan: the Gram of a group of segments, their coefficients, then their merged tensors.
+
+    Tensors are cut at fixed places and Grams summed by name, so the result does not depend on how
+    the tensors lie in files.
+    """
+
+    def __init__(
+        self, plan: MergePlan, files: MappedFiles, writers: Sequence[Writer], backend: str
+    ) -> None:
+        resolved = resolve("slerp", backend, torch.device("cpu"))
+        self.gram_op, self.apply_op = _ops.GRAM[resolved], _ops.SLERP_APPLY[resolved]
+        self.plan, self.files, self.writers = plan, files, writers
+        self.steps = list(merge_steps(plan))
+        self.segment_of = {n: s for s, names in plan.segments.items() for n in names}
+        runs = len(plan.policies)
+        self.grams = {n: torch.zeros(runs, runs, dtype=torch.float64) for n in self.segment_of}
+        sizes = [self._output_bytes(step.tile) for step in self.steps if step.apply]
+        self.raw = mmap.mmap(-1, max(sizes, default=1))
+        self.buffer = torch.frombuffer(self.raw, dtype=torch.uint8)
+
+    @property
+    def total_bytes(self) -> int:
+        """What `advance` will have been told of in the end."""
+        return sum(map(self._moved, self.steps))
+
+    def run(self, advance: Callable[[int], None]) -> Solution:
+        """Merge all segments; `advance` is told of the bytes that each step read and wrote."""
+        solved: tuple[list[str], Tensor] | None = None
+        with ThreadPoolExecutor(1) as reader:
+            for i, step in enumerate(self.steps):
+                for ahead in self.steps[i + _AHEAD : i + _AHEAD + 1]:
+                    reader.submit(self._prefetch, ahead.tile)
+                inputs = [self._views(m, step.tile) for m in range(len(self.plan.inputs))]
+                if step.gram:
+                    self._add_gram(step.tile, inputs)
+                if step.apply:
+                    if solved is None or solved[0] is not step.group:
+                        solved = step.group, self.solve(step.group).coefficients
+                    self._apply(step, inputs, solved[1])
+                advance(self._moved(step))
+                self.files.release()
+        return self.solve(list(self.plan.segments))
+
+    def solve(self, segments: list[str]) -> Solution:
+        """Coefficients from the Grams as they are now."""
+        names = [sorted(self.plan.segments[s]) for s in segments]
+        gram = torch.stack([torch.stack([self.grams[n] for n in group]).sum(0) for group in names])
+        if self.plan.method == "slerp":
+            coefficients, degenerate = slerp_coefficients_reference(gram)
+            return Solution(gram, coefficients, degenerate.any(1))
+        runs = gram.shape[1]
+        coefficients = torch.full((len(segments), runs), 1 / runs, dtype=torch.float64)
+        return Solution(gram, coefficients, torch.zeros(len(segments), dtype=torch.bool))
+
+    def _views(self, m: int, tile: list[Piece]) -> list[Tensor]:
+        entries = self.plan.inputs[m].entries
+        return [self.files.view(entries[p.name], p.start, p.stop) for p in tile]
+
+    def _add_gram(self, tile: list[Piece], inputs: list[list[Tensor]]) -> None:
+        init, *policies = inputs
+        flat = [tensor for policy in policies for tensor in policy]
+        grams = self.gram_op(init, flat, list(range(len(tile))), len(tile))
+        if not grams.isfinite().all():
+            self._refuse(tile, inputs)
+        for piece, gram in zip(tile, grams, strict=True):
+            self.grams[piece.name] += gram
+
+    def _refuse(self, tile: list[Piece], inputs: list[list[Tensor]]) -> None:
+        for checkpoint, tensors in zip(self.plan.inputs, inputs, strict=True):
+            for piece, tensor in zip(tile, tensors, strict=True):
+                if not tensor.isfinite().all():
+                    raise CheckpointError(f"{checkpoint}: {piece.name} holds NaN or inf")
+        raise CheckpointError(f"the task vectors of {tile[0].name} or the next overflow")
+
+    def _apply(self, step: Step, inputs: list[list[Tensor]], coefficients: Tensor) -> None:
+        init, *policies = inputs
+        flat = [tensor for policy in policies for tensor in policy]
+        position = {segment: s for s, segment in enumerate(step.group)}
+        segment = [position[self.segment_of[piece.name]] for piece in step.tile]
+        rows = torch.tensor(self.plan.etas, dtype=torch.float64).view(-1, 1, 1) * coefficients
+        places = self._places(step.tile)
+        merged = [
+            self.buffer[at : at + p.output_bytes].view(self.plan.out_dtype(p.name))
+            for at, p in zip(places, step.tile * len(self.writers), strict=True)
+        ]
+        self.apply_op(merged, init, flat, rows, segment)
+        for k, writer in enumerate(self.writers):
+            for t, piece in enumerate(step.tile):
+                i = k * len(step.tile) + t
+                if merged[i].dtype == torch.float16 and not merged[i].isfinite().all():
+                    raise ValueError(f"{piece.name} overflows float16; choose bfloat16 or float32")
+                content = memoryview(self.raw)[places[i] : places[i] + piece.output_bytes]
+                writer.write(piece.name, piece.start * piece.itemsize, content)
+
+    def _places(self, tile: list[Piece]) -> list[int]:
+        """First byte in the buffer of every piece of every output."""
+        places, end = [], 0
+        for piece in tile * len(self.writers):
+            places.append(end)
+            end += -(-piece.output_bytes // _ALIGNMENT) * _ALIGNMENT
+        return places
+
+    def _output_bytes(self, tile: list[Piece]) -> int:
+        return self._places(tile)[-1] + tile[-1].output_bytes
+
+    def _moved(self, step: Step) -> int:
+        """Bytes read and written by a step; a tile that serves both passes is read once."""
+        read = sum(
+            (p.stop - p.start) * c.entries[p.name].dtype.itemsize
+            for p in step.tile
+            for c in self.plan.inputs
+        )
+        written = len(self.writers) * sum(p.output_bytes for p in step.tile) * step.apply
+        return read + written
+
+    def _prefetch(self, tile: list[Piece]) -> None:
+        for checkpoint in self.plan.inputs:
+            for piece in tile:
+                prefetch(checkpoint.entries[piece.name], piece.start, piece.stop)

@@ -1,0 +1,112 @@
+"""Outputs that appear whole or not at all: written aside, preallocated, synced, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from warp_fast.merge.layout import OutputFile
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """Yield a hidden directory beside `output` that takes its name when all went well.
+
+    What a killed merge left there is removed by the next one; a lock, which dies with its process,
+    tells that from a merge that is still running.
+    """
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    aside = parent / f".{output.name}.partial"
+    aside.mkdir(exist_ok=True)
+    lock = os.open(aside, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, "another merge is writing here", str(aside)) from None
+        try:
+            _clear(aside)
+            yield aside
+            _sync(aside)
+            os.rename(aside, output)
+            _sync_entries(parent)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _clear(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _sync(directory: Path) -> None:
+    for path in [directory, *directory.rglob("*")]:
+        _sync_entries(path)
+
+
+def _sync_entries(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Writer:
+    """The safetensors files of one output directory, open for writing tensors in any order."""
+
+    def __init__(self, directory: Path, files: list[OutputFile]) -> None:
+        self._handles: list[int] = []
+        self._places: dict[str, tuple[int, int]] = {}
+        try:
+            for file in files:
+                handle = os.open(directory / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                self._handles.append(handle)
+                _reserve(handle, file.size)
+                self._places.update({name: (handle, at) for name, at in file.starts.items()})
+                _write(handle, memoryview(file.header), 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, name: str, offset: int, content: memoryview) -> None:
+        """Write bytes of a tensor, from its byte `offset` on."""
+        handle, start = self._places[name]
+        _write(handle, content, start + offset)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            os.close(handle)
+        self._handles.clear()
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Claim the space now: a full disk shows before any work, and later writes are faster."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.ftruncate(handle, size)
+
+
+def _write(handle: int, content: memoryview, offset: int) -> None:
+    while content:
+        written = os.pwrite(handle, content, offset)
+        content, offset = content[written:], offset + written
