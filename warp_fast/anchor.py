@@ -123,7 +123,10 @@ class EMAAnchor:
             raise ValueError(
                 f"storage must be {self.storage!r}; the state has {state['storage']!r}"
             )
-        targets = {"averages": dict(self._averages), "residuals": dict(self._residuals)}
+        targets: dict[str, dict[str, Tensor]] = {
+            "averages": dict(self._averages.items()),
+            "residuals": self._residuals,
+        }
         for part, ours in targets.items():
             theirs = state[part]
             if ours.keys() != theirs.keys():

@@ -61,7 +61,10 @@ def _run(command: str, rest: list[str]) -> int:
 
     function: Callable[..., None] = getattr(commands, command)
     parser = ArgumentParser(
-        prog=f"warp-fast {command}", description=_COMMANDS[command], exit_on_error=False
+        prog=f"warp-fast {command}",
+        description=_COMMANDS[command],
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of these options")
     commands.add_options(parser, command)
@@ -80,36 +83,35 @@ def _run(command: str, rest: list[str]) -> int:
 
 
 def _spread(parser: Any, arguments: list[str]) -> list[str]:
-    """Let list options take several values or be repeated: --eta 0.3 0.5 is --eta=[0.3,0.5]."""
-    names = _list_options(parser)
-    result: list[str] = []
-    collected: dict[str, list[str]] = {}
+    """Let list options take several values or be repeated: --eta 0.3 0.5 is --eta=[0.3, 0.5]."""
+    lists = _list_options(parser)
+    others: list[str] = []
+    values: dict[str, list[str]] = {}
     current = None
     for argument in arguments:
+        name, _, value = argument.partition("=")
         if argument.startswith("--"):
-            name, _, value = argument.partition("=")
-            current = name if name in names and not value.startswith("[") else None
-            if current is not None:
-                collected.setdefault(current, []).extend([value] if value else [])
-                continue
-        elif current is not None and not argument.startswith("["):
-            collected[current].append(argument)
-            continue
-        elif current is not None:
-            result.append(f"{current}={argument}")
-            del collected[current]
-            current = None
-            continue
-        result.append(argument)
-    return result + [f"{name}=[{', '.join(values)}]" for name, values in collected.items()]
+            current = name if name in lists else None
+        if current is None:
+            others.append(argument)
+        elif argument == name and argument.startswith("--"):
+            values.setdefault(current, [])
+        else:
+            values.setdefault(current, []).append(value if argument.startswith("--") else argument)
+    for name, given in values.items():
+        alone = len(given) == 1 and (given[0].startswith("[") or not lists[name])
+        others.append(f"{name}={given[0]}" if alone else f"{name}=[{', '.join(given)}]")
+    return others
 
 
-def _list_options(parser: Any) -> set[str]:
-    found = set()
-    for action in parser._actions:
-        if "list[" in str(getattr(action, "_typehint", "")):
-            found.update(option for option in action.option_strings if not option.endswith("+"))
-    return found
+def _list_options(parser: Any) -> dict[str, bool]:
+    """Options that take a list, and whether they take nothing else."""
+    return {
+        option: str(action._typehint).startswith("list[")
+        for action in parser._actions
+        if "list[" in str(getattr(action, "_typehint", ""))
+        for option in action.option_strings
+    }
 
 
 def _explained(message: str, parser: Any) -> str:

@@ -86,7 +86,7 @@ def front_table(points: list[FrontPoint]) -> Table:
     """The front as a rich table."""
     table = Table(title="KL-reward front (95 % intervals)")
     for name in ("policy", "eta", "KL to SFT, nats", "reward", "held-out", "length"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name == "policy")
     for p in points:
         held_out = f"{p.held_out:.3f} +- {p.held_out_ci:.3f}" if p.held_out == p.held_out else "-"
         table.add_row(

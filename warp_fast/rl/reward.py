@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,8 @@ def _load_function(spec: str) -> Reward:
             module = importlib.util.module_from_spec(found)
             found.loader.exec_module(module)
         else:
+            if "" not in sys.path:  # a module beside the config, as under `python -m`
+                sys.path.insert(0, "")
             module = importlib.import_module(place)
         function: Reward = getattr(module, name)
     except (ImportError, OSError, AttributeError) as error:

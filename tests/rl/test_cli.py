@@ -1,0 +1,164 @@
+"""The command line, run as a user would: what it does, and one clear message where it cannot."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.rl import models
+from warp_fast.cli import main
+from warp_fast.rl import WarpConfig
+
+MakeConfig = Callable[..., WarpConfig]
+Failed = Callable[..., str]
+
+
+@pytest.fixture
+def failed(capsys: pytest.CaptureFixture[str]) -> Failed:
+    """Run a command that must fail with one message; returns the message."""
+
+    def run(*arguments: object, status: int = 1) -> str:
+        assert main([str(a) for a in arguments]) == status
+        error = capsys.readouterr().err
+        assert error.count("warp-fast: error:") == 1 and "Traceback" not in error
+        return error
+
+    return run
+
+
+@pytest.fixture
+def config_file(make_config: MakeConfig, tmp_path: Path) -> Path:
+    file = tmp_path / "warp.yaml"
+    file.write_text(yaml.safe_dump(make_config(iterations=1, steps=2).to_dict()))
+    return file
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_train_merge_and_eval_a_checkpoint(
+    config_file: Path, tmp_path: Path, family: str, prompts: Path
+) -> None:
+    """A checkpoint directory of each Gemma goes through every command, as a hub one would."""
+    sft = models.save(tmp_path / family, family)
+    out = tmp_path / "out"
+    assert main(["train", "--config", str(config_file), "--policy", str(sft)]) == 0
+    runs = [str(out / "iteration-1" / f"run-{m}" / "policy") for m in (1, 2)]
+    merged = tmp_path / "merged"
+    arguments = ["--init", str(out / "sft"), "--policy", *runs, "--eta", "0.5", "1.0"]
+    assert main(["merge", *arguments, "--output", str(merged)]) == 0
+    evaluated = tmp_path / "evaluated"
+    arguments = ["--sft", str(sft), "--policy", str(merged / "eta-1"), "--eta", "0", "1"]
+    arguments += ["--prompts", str(prompts), "--reward", "tests.rl.models:early_words"]
+    arguments += ["--output", str(evaluated), "--samples", "8", "--max_new_tokens", "8"]
+    assert main(["eval", *arguments]) == 0
+    rows = list(csv.DictReader((evaluated / "front.csv").open()))
+    assert [float(row["eta"]) for row in rows] == [0.0, 1.0]
+    assert float(rows[0]["kl"]) < 1e-6 < float(rows[1]["kl"])
+    assert (evaluated / "front.png").exists()
+
+
+def test_merging_one_policy_twice_is_that_policy(tmp_path: Path, checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    other = models.save(tmp_path / "other", "gemma2", seed=1)
+    output = tmp_path / "merged"
+    arguments = ["--init", str(checkpoint), "--policy", str(other), "--output", str(output)]
+    assert main(["merge", *arguments]) == 0
+    ours, theirs = load_file(output / "model.safetensors"), load_file(other / "model.safetensors")
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-6 for name in theirs)
+
+
+def test_command_line_overrides_the_file(config_file: Path, tmp_path: Path) -> None:
+    arguments = ["--beta", "0.25", "--sweep", "0", "1", "--steps=1"]
+    assert main(["train", "--config", str(config_file), *arguments]) == 0
+    written = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert (written["beta"], written["sweep"], written["steps"]) == (0.25, [0.0, 1.0], 1)
+
+
+def test_unknown_key_names_the_nearest(failed: Failed, config_file: Path) -> None:
+    settings = yaml.safe_load(config_file.read_text())
+    config_file.write_text(yaml.safe_dump({**settings, "ema_rat": 0.1}))
+    assert "did you mean ema_rate?" in failed("train", "--config", config_file, status=2)
+
+
+def test_unknown_option_names_the_nearest(failed: Failed, config_file: Path) -> None:
+    message = failed("train", "--config", config_file, "--learning_rat", 1, status=2)
+    assert "did you mean --learning_rate?" in message
+
+
+def test_unknown_command_names_the_nearest(failed: Failed) -> None:
+    assert "did you mean train?" in failed("trian", status=2)
+
+
+def test_missing_required_option_is_named(failed: Failed) -> None:
+    assert "policy" in failed("train", status=2)
+
+
+def test_wrong_type_is_named(failed: Failed, config_file: Path) -> None:
+    assert "beta" in failed("train", "--config", config_file, "--beta", "strong", status=2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("runs", 0, "runs must be positive; got 0"),
+        ("iterations", 0, "iterations must be positive"),
+        ("eta", 1.5, r"eta must be in [0, 1]; got 1.5"),
+        ("eta", -0.1, r"eta must be in [0, 1]"),
+        ("ema_rate", 2, r"ema_rate must be in [0, 1]"),
+        ("beta", -1, "beta must be finite and >= 0"),
+        ("temperature", 0, "temperature must be positive"),
+        ("batch_size", 7, "batch_size must be a multiple of samples_per_prompt (2); got 7"),
+        ("samples_per_prompt", 1, "at least 2 for the leave_one_out baseline"),
+        ("steps", "[1, 2, 3]", "one for each of the 1 iterations"),
+        ("policy", "no/such/dir", "Hugging Face directory or hub id"),
+        ("prompts", "no-such.txt", "there is none at no-such.txt"),
+        ("reward", "no_such:reward", "reward must be"),
+        ("max_new_tokens", 64, "room in the model's context of 48"),
+    ],
+)
+def test_bad_values(
+    failed: Failed, config_file: Path, field: str, value: Any, message: str
+) -> None:
+    status = 1
+    assert message in failed("train", "--config", config_file, f"--{field}={value}", status=status)
+    assert not (config_file.parent / "out" / "config.yaml").exists()
+
+
+def test_long_prompt_names_its_line(failed: Failed, config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("good\n" + "the room was good and " * 20)
+    message = failed("train", "--config", config_file, "--prompts", tmp_path / "long.txt")
+    assert "long.txt, line 2" in message and "1 to 40 tokens" in message
+
+
+def test_raising_reward(failed: Failed, config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def f(prompts, completions): return 1 / 0\n")
+    message = failed("train", "--config", config_file, "--reward", f"{tmp_path}/bad.py:f")
+    assert "raised ZeroDivisionError" in message and "reward-failures.jsonl" in message
+
+
+@pytest.mark.parametrize("eta", ["-0.5", "7"])
+def test_merge_refuses_eta(failed: Failed, checkpoint: Path, tmp_path: Path, eta: str) -> None:
+    output = tmp_path / "merged"
+    arguments = ["--init", checkpoint, "--policy", checkpoint, "--output", output, f"--eta={eta}"]
+    assert "eta" in failed("merge", *arguments)
+    assert not output.exists()
+
+
+def test_merge_refuses_a_missing_policy(failed: Failed, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--init", checkpoint, "--policy", "nowhere", "--output", tmp_path / "m"]
+    assert "nowhere" in failed("merge", *arguments)
+
+
+def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for name in WarpConfig.__dataclass_fields__:
+        assert f"--{name}" in shown

@@ -1,0 +1,63 @@
+"""Prompts: files read and refused, and the order of an epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from warp_fast.demo.sft import build_tokenizer
+from warp_fast.rl.prompts import derive_seed, prompt_batch, read_prompts
+
+
+def test_reads_json_lines_with_columns(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "the room", "answer": 3}\n\n{"prompt": "the bed"}\n')
+    first, second = read_prompts(str(file), build_tokenizer(), 8)
+    assert (first.text, first.columns, len(first.token_ids)) == ("the room", {"answer": 3}, 3)
+    assert second.columns == {}
+
+
+def test_renders_chat_messages(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} : {% endfor %}"
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": [{"role": "user", "content": "the room"}]}\n')
+    assert read_prompts(str(file), tokenizer, 8)[0].text == "the room : "
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "at least one prompt"),
+        ("\n  \n", "at least one prompt"),
+        ("the room was good and the bed was good", "1 to 4 tokens"),
+    ],
+)
+def test_refuses_text(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(str(file), build_tokenizer(), 4)
+
+
+@pytest.mark.parametrize("line", ["the room", '{"text": "a"}', "[1]", '{"prompt": 3}'])
+def test_refuses_json_without_a_prompt_and_names_the_line(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "good"}\n' + line + "\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_prompts(str(file), build_tokenizer(), 4)
+
+
+def test_refuses_a_missing_file() -> None:
+    with pytest.raises(ValueError, match=r"there is none at nowhere\.txt"):
+        read_prompts("nowhere.txt", build_tokenizer(), 4)
+
+
+def test_every_epoch_holds_every_prompt_once() -> None:
+    drawn = [i for step in range(15) for i in prompt_batch(10, 4, step, seed=7)]
+    epochs = [drawn[k : k + 10] for k in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert prompt_batch(10, 4, 3, seed=7) == prompt_batch(10, 4, 3, seed=7)
+    assert derive_seed(1, 2) != derive_seed(2, 1)

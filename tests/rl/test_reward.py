@@ -1,0 +1,93 @@
+"""Rewards: where they come from, what they may return, and their baselines."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.rl import models
+from warp_fast.demo.sft import build_tokenizer
+from warp_fast.rl.prompts import Prompt
+from warp_fast.rl.reward import RewardError, advantages, load_reward, score
+
+PROMPTS = [Prompt("a", [1], {"answer": 1}), Prompt("b", [2], {"answer": 2})]
+CPU = torch.device("cpu")
+
+
+def test_loads_a_function_by_module_and_by_file(tmp_path: Path) -> None:
+    assert load_reward("tests.rl.models:early_words", CPU)(["x"], ["good poor"]) == [0.5]
+    file = tmp_path / "mine.py"
+    file.write_text("def length(prompts, completions):\n    return [len(c) for c in completions]\n")
+    assert load_reward(f"{file}:length", CPU)(["x"], ["abc"]) == [3]
+
+
+@pytest.mark.parametrize("spec", ["no_such_module:f", "math:no_such", "gone.py:f", "no/such/model"])
+def test_refuses_what_is_not_there(spec: str) -> None:
+    with pytest.raises(ValueError, match="reward must be"):
+        load_reward(spec, CPU)
+
+
+def test_reward_model_scores_prompt_and_completion(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForSequenceClassification
+
+    tokenizer = build_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    Gemma2ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = load_reward(str(tmp_path), CPU)
+    values = reward(prompts=["the room ", "the "], completions=["was good", "room was good"])
+    assert len(values) == 2 and values[0] == pytest.approx(values[1], abs=1e-5)
+    assert reward(prompts=["the room "], completions=["was bad"]) != values[:1]
+
+
+def test_columns_of_the_prompts_reach_the_reward(tmp_path: Path) -> None:
+    def reward(prompts: list[str], completions: list[str], answer: list[int]) -> list[float]:
+        return [float(a) for a in answer]
+
+    assert score(reward, PROMPTS, ["x", "y"], tmp_path / "f") == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message", "saved"),
+    [
+        ([1.0, math.nan], "must be finite; 1 of 2", 1),
+        ([math.inf, math.inf], "must be finite; 2 of 2", 2),
+        ([1.0], r"one number per completion \(2\); got 1", 2),
+        (None, "raised TypeError", 2),
+        (["a", "b"], "raised ValueError", 2),
+    ],
+)
+def test_bad_rewards_stop_and_save_their_samples(
+    tmp_path: Path, returned: Any, message: str, saved: int
+) -> None:
+    failures = tmp_path / "failures.jsonl"
+    with pytest.raises(RewardError, match=message):
+        score(lambda **_: returned, PROMPTS, ["x", "y"], failures)
+    rows = [json.loads(line) for line in failures.open()]
+    assert len(rows) == saved and {"prompt", "completion", "answer"} <= rows[0].keys()
+
+
+def test_baselines() -> None:
+    rewards = torch.tensor([1.0, 3.0, 10.0, 20.0])
+    assert advantages(rewards, 2, "leave_one_out").tolist() == [-2, 2, -10, 10]
+    assert advantages(rewards, 2, "batch_mean").tolist() == [-7.5, -5.5, 1.5, 11.5]
+    assert advantages(rewards, 1, "none").tolist() == rewards.tolist()
+
+
+def test_reward_module_is_importable_from_here() -> None:
+    assert models.early_words(["x"], [""]) == [0.0]
