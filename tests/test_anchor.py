@@ -1,0 +1,157 @@
+"""EMAAnchor: an exact copy at first, an exact average later, and its state."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from warp_fast import EMAAnchor
+
+STORAGES = ("split", "fp32", "bf16")
+
+
+class Small(nn.Module):
+    """Two layers with a tied head, a frozen part and buffers, as language models have them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.frozen = nn.Linear(5, 5)
+        self.frozen.requires_grad_(False)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.long))
+        self.to(dtype)
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.head(self.drop(self.frozen(self.embed(ids))))
+
+
+def move(policy: nn.Module, by: float) -> None:
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(by)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", ["split", "fp32"])
+def test_starts_as_an_exact_copy(storage: Any, dtype: torch.dtype) -> None:
+    policy = Small(dtype)
+    averaged = EMAAnchor(policy, 0.1, storage).averaged_state_dict()
+    assert averaged.keys() == policy.state_dict().keys()
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(averaged[name].float(), tensor.float())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_ties_stay_tied_frozen_is_shared_buffers_are_copied(storage: Any) -> None:
+    policy = Small(torch.float32)
+    anchor = EMAAnchor(policy, 0.5, storage)
+    module: Any = anchor.module
+    assert module.head.weight is module.embed.weight
+    assert module.frozen.weight is policy.frozen.weight
+    policy.get_buffer("seen").fill_(3)
+    anchor.update()
+    assert module.seen.item() == 3 and module.seen is not policy.seen
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+
+
+def test_storage_is_what_it_says() -> None:
+    policy = Small(torch.bfloat16)
+    for storage, dtype in (("split", torch.bfloat16), ("fp32", torch.float32)):
+        assert EMAAnchor(policy, 0.1, storage).module.embed.weight.dtype == dtype  # type: ignore[union-attr, arg-type]
+    assert EMAAnchor(Small(torch.float64), 0.1, "fp32").module.embed.weight.dtype == torch.float64  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("storage", "tolerance"), [("split", 1e-6), ("fp32", 1e-6), ("bf16", 0.05)]
+)
+def test_follows_the_policy(storage: Any, tolerance: float) -> None:
+    torch.manual_seed(0)
+    policy = Small(torch.float32)
+    anchor = EMAAnchor(policy, 0.1, storage)
+    expected = policy.embed.weight.detach().double()
+    for _ in range(20):
+        move(policy, 0.01)
+        anchor.update()
+        expected += 0.1 * (policy.embed.weight.detach().double() - expected)
+    found = anchor.averaged_state_dict()["head.weight"].double()
+    assert (found - expected).abs().max() < tolerance
+    assert anchor.step == 20
+
+
+def test_tiny_steps_move_split_storage_and_not_bf16_lerp() -> None:
+    """A bf16 policy that drifts by one part in 10^4 per step: the plain bf16 average stalls."""
+    torch.manual_seed(0)
+    policy = Small(torch.float32)
+    anchor = EMAAnchor(policy, 0.01, "split")
+    stalled = policy.embed.weight.detach().bfloat16()
+    start = policy.embed.weight.detach().clone()
+    for _ in range(300):
+        move(policy, 1e-5)
+        anchor.update()
+        stalled.lerp_(policy.embed.weight.detach().bfloat16(), 0.01)
+    moved = (anchor.averaged_state_dict()["embed.weight"] - start).mean()
+    assert moved == pytest.approx(1e-5 * (300 - 99 * (1 - 0.99**300)), rel=0.01)
+    assert (stalled.float() - start).mean() < 0.5 * moved
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_state_goes_on_exactly(storage: Any) -> None:
+    torch.manual_seed(0)
+    policy = Small(torch.float32)
+    whole = EMAAnchor(policy, 0.1, storage, seed=5)
+    for _ in range(3):
+        move(policy, 0.01)
+        whole.update()
+    state = copy.deepcopy(whole.state_dict())
+    resumed = EMAAnchor(policy, 0.9, storage)
+    resumed.load_state_dict(state)
+    for _ in range(3):
+        move(policy, 0.01)
+        whole.update()
+        resumed.update()
+    ours, theirs = whole.averaged_state_dict(), resumed.averaged_state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_reset_restarts_from_the_policy() -> None:
+    policy = Small(torch.float32)
+    anchor = EMAAnchor(policy, 0.1)
+    move(policy, 1.0)
+    anchor.update()
+    anchor.reset_()
+    assert torch.equal(anchor.averaged_state_dict()["embed.weight"], policy.embed.weight.detach())
+    assert anchor.step == 0
+
+
+def test_update_leaves_the_policy_and_its_gradients_alone() -> None:
+    policy = Small(torch.float32)
+    anchor = EMAAnchor(policy, 1.0)
+    before = policy.embed.weight.detach().clone()
+    policy(torch.tensor([1, 2])).sum().backward()
+    anchor.update()
+    assert torch.equal(policy.embed.weight.detach(), before)
+    assert policy.embed.weight.grad is not None and policy.embed.weight.requires_grad
+
+
+def test_refuses() -> None:
+    policy = Small(torch.float32)
+    with pytest.raises(ValueError, match="storage must be"):
+        EMAAnchor(policy, 0.1, "int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rate must be in \[0, 1\]; got 1.5"):
+        EMAAnchor(policy, 1.5)
+    with pytest.raises(TypeError, match="float64, which split storage cannot hold"):
+        EMAAnchor(Small(torch.float64), 0.1)
+    anchor = EMAAnchor(policy, 0.1)
+    with pytest.raises(ValueError, match="storage must be 'split'; the state has 'fp32'"):
+        anchor.load_state_dict(EMAAnchor(policy, 0.1, "fp32").state_dict())
+    other = EMAAnchor(nn.Linear(2, 2), 0.1)
+    with pytest.raises(ValueError, match="differing"):
+        anchor.load_state_dict(other.state_dict())
