@@ -7,6 +7,7 @@ whether or not its compiled kernel does.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warp_fast._backend import TRITON_DEVICE
 from warp_fast.reference import ema as reference_ema
 from warp_fast.reference import slerp as reference_slerp
 
@@ -27,6 +29,15 @@ def _define(name: str, schema: str, kernel: Kernel, fake: Kernel, device: str | 
     torch.library.register_kernel(qualified, device, kernel)
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.warp_fast, name).default
+
+
+def _triton(stem: str, launcher: str) -> Kernel:
+    """The launcher in kernels/<stem>.py; the first call imports it, and Triton with it."""
+
+    def run(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"warp_fast.kernels.{stem}"), launcher)(*arguments)
+
+    return run
 
 
 def _no_result(*_: object) -> None:
@@ -89,6 +100,13 @@ EMA_UPDATE = {
         _EMA_SCHEMA,
         _checked_ema(reference_ema.ema_update_reference_),
         _no_result,
+    ),
+    "triton": _define(
+        "ema_update_triton_",
+        _EMA_SCHEMA,
+        _checked_ema(_triton("ema", "ema_update_triton_")),
+        _no_result,
+        TRITON_DEVICE,
     ),
 }
 

@@ -1,0 +1,181 @@
+"""The EMA update in Triton: a whole list of tensors in one launch per combination of dtypes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from warp_fast.kernels._common import (
+    HEAD,
+    Launch,
+    TableCache,
+    copied_back,
+    entries_of,
+    entry_size,
+    launches_of,
+    on_device,
+    typed_pointer,
+)
+from warp_fast.reference.ema import random_key
+
+# 16 elements per thread: split storage has six 16-byte loads in flight in each
+_BLOCK = 4096
+_WARPS = 8
+
+_FULL = tl.constexpr(0)
+_SPLIT = tl.constexpr(1)
+_STOCHASTIC = tl.constexpr(2)
+
+_tables = TableCache()
+
+
+@triton.jit
+def random_bits16(index, key_in, key_out):
+    """16 uniform bits, as uint32, for each int64 index; `random_bits16` of the reference."""
+    low = (index & 0xFFFFFFFF).to(tl.uint32)
+    high = (index >> 32).to(tl.uint32)
+    word = (low ^ key_in) + high * 0x9E3779B9
+    word = (word ^ (word >> 16)) * 0x21F0AAAD
+    word = (word ^ (word >> 15)) * 0x735A2D97
+    word = word ^ (word >> 15)
+    return (word ^ key_out) >> 16
+
+
+@triton.jit
+def round_stochastic(value, random):
+    """fp32 -> bits of bf16 (int16), up or down by 16 random bits; inf and NaN are kept."""
+    bits = value.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    rounded = tl.where(finite, bits + random, bits)
+    # a NaN whose payload is in the low half must not become inf
+    rounded = tl.where(value != value, 0x7FC00000, rounded)
+    return (rounded >> 16).to(tl.int16)
+
+
+@triton.jit(do_not_specialize=["key_in", "key_out"])
+def _ema_kernel(
+    table,  # [entries, HEAD + 2 or 3] int64: size, first block, first index; ema, params, residual
+    block_entry,  # [blocks] int32, entry of each program
+    rate,  # fp32 number, or with DEVICE_RATE a pointer to one number of any float dtype
+    key_in,  # int32, keys of the random bits
+    key_out,
+    STORAGE: tl.constexpr,
+    EMA_CODE: tl.constexpr,
+    PARAM_CODE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DEVICE_RATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ema <- ema + rate * (params - ema), one block of one entry per program.
+
+    Traffic: per element reads and writes ema (4, or 2 + 2 split, or 2 bytes), reads params.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    STRIDE: tl.constexpr = HEAD + 3 if STORAGE == _SPLIT else HEAD + 2
+    entry = table + tl.load(block_entry + pid).to(tl.int64) * STRIDE
+    size = entry_size(entry, ALIGNED)
+    offs = (pid - tl.load(entry + 1)) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    # bf16 averages are read and written as their bits
+    BITS: tl.constexpr = EMA_CODE if STORAGE == _FULL else 4
+    ema_ptrs = typed_pointer(tl.load(entry + HEAD), BITS, ALIGNED) + offs
+    param_ptrs = typed_pointer(tl.load(entry + HEAD + 1), PARAM_CODE, ALIGNED) + offs
+
+    average = tl.load(ema_ptrs, mask=mask, eviction_policy="evict_first")
+    end = tl.load(param_ptrs, mask=mask, eviction_policy="evict_first")
+    if STORAGE == _SPLIT:
+        residual_ptrs = typed_pointer(tl.load(entry + HEAD + 2), 4, ALIGNED) + offs
+        low = tl.load(residual_ptrs, mask=mask, eviction_policy="evict_first")
+        start = ((average.to(tl.int32) << 16) + low.to(tl.int32)).to(tl.float32, bitcast=True)
+    elif STORAGE == _STOCHASTIC:
+        start = (average.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        start = average
+
+    weight = tl.cast(tl.load(rate) if DEVICE_RATE else rate, start.dtype)
+    end = end.to(start.dtype)
+    step = end - start
+    moved = tl.where(weight < 0.5, start + weight * step, end - (1.0 - weight) * step)
+
+    if STORAGE == _SPLIT:
+        # the NaN of NVIDIA arithmetic, 0x7FFFFFFF, would be rounded to a high half of -0.0
+        bits = tl.where(moved != moved, 0x7FC00000, moved.to(tl.int32, bitcast=True))
+        high = ((bits + 0x8000) >> 16).to(tl.int16)
+        tl.store(ema_ptrs, high, mask=mask, cache_modifier=".cs")
+        tl.store(residual_ptrs, bits.to(tl.int16), mask=mask, cache_modifier=".cs")
+    elif STORAGE == _STOCHASTIC:
+        index = tl.load(entry + 2) + offs
+        random = random_bits16(
+            index, key_in.to(tl.uint32, bitcast=True), key_out.to(tl.uint32, bitcast=True)
+        )
+        tl.store(ema_ptrs, round_stochastic(moved, random), mask=mask, cache_modifier=".cs")
+    else:
+        tl.store(ema_ptrs, moved, mask=mask, cache_modifier=".cs")
+
+
+def _signed(word: int) -> int:
+    """The int32 with the bits of a uint32: one argument type for every key."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def ema_update_triton_(
+    ema: list[Tensor],
+    params: list[Tensor],
+    residual: list[Tensor],
+    rate: float,
+    device_rate: Tensor | None,
+    stochastic: bool,
+    seed: int,
+    step: int,
+    first_index: list[int],
+) -> None:
+    """ema <- ema + rate * (params - ema), in place; see `warp_fast.ema_update_`.
+
+    One launch per combination of dtypes and alignment. Strided tensors go through a copy. Inside a
+    CUDA graph the rate may be a device tensor; seed and step are those of the capture.
+    """
+    written = [x.contiguous() for x in [*ema, *residual]]
+    averages, remainders = written[: len(ema)], written[len(ema) :]
+    columns = [averages, [x.contiguous() for x in params]] + ([remainders] if residual else [])
+    with on_device(ema[0]):
+        _launch(columns, rate, device_rate, (stochastic, seed, step), first_index)
+    copied_back([*ema, *residual], written)
+
+
+def _launch(
+    columns: list[list[Tensor]],
+    rate: float,
+    device_rate: Tensor | None,
+    noise: tuple[bool, int, int],
+    first_index: list[int],
+) -> None:
+    def build() -> list[Launch]:
+        entries = entries_of(columns, _BLOCK, range(len(columns[0])))
+        return launches_of(columns, entries, lambda e: first_index[e.tensor] + e.offset)
+
+    stochastic, seed, step = noise
+    storage = _SPLIT if len(columns) == 3 else _STOCHASTIC if stochastic else _FULL
+    key_in, key_out = random_key(seed, step)
+    for launch in _tables.get(columns, tuple(first_index), build):
+        weight = device_rate
+        if weight is None and launch.codes[0] == 3:
+            # a number becomes an fp32 argument: too coarse for an fp64 average
+            weight = torch.full((), rate, dtype=torch.float64, device=launch.table.device)
+        _ema_kernel[(launch.block_entry.numel(),)](
+            launch.table,
+            launch.block_entry,
+            rate if weight is None else weight,
+            _signed(key_in),
+            _signed(key_out),
+            STORAGE=storage,
+            EMA_CODE=launch.codes[0],
+            PARAM_CODE=launch.codes[1],
+            ALIGNED=launch.aligned,
+            DEVICE_RATE=weight is not None,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+            # a fused multiply-add would round once where the reference rounds twice
+            enable_fp_fusion=False,
+        )

@@ -1,0 +1,143 @@
+"""Compile the Triton kernels ahead of time, and print what the compiler made of each as JSON.
+
+    python tests/aot.py ema --capability 80 90 100
+
+Runs in a process of its own: Triton decides at its import between compiling and interpreting, and
+the tests beside this file interpret.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CODE = {"bf16": 0, "fp16": 1, "fp32": 2, "fp64": 3, "int16": 4}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its argument types, constants and launch options."""
+
+    name: str
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, int]
+    options: dict[str, int | bool]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out: bytes of spills and counts of instructions, by their names in SASS or PTX."""
+
+    name: str
+    capability: int
+    registers: int
+    stack: int
+    local: int
+    wide_loads: int
+    wide_stores: int
+    fused_fp32: int
+
+
+def ema_variants(kernels: Any) -> Iterator[Variant]:
+    """Every storage with bf16 and fp32 params, and each flag of the launch once.
+
+    fp16 params differ from bf16 by one conversion, so they are compiled with one storage; fp64
+    averages are for oracles and are compiled once.
+    """
+    storages = {"fp32": (0, "fp32"), "split": (1, "bf16"), "stochastic": (2, "bf16")}
+    grid = [(s, p, True, False) for s in storages for p in ("bf16", "fp32")]
+    grid += [("split", "fp16", True, False), ("split", "bf16", False, False)]
+    grid += [("split", "bf16", True, True), ("stochastic", "bf16", True, True)]
+    for storage, param, aligned, device_rate in grid:
+        number, ema = storages[storage]
+        yield Variant(
+            f"ema {storage} {param}{'' if aligned else ' unaligned'}{' device' * device_rate}",
+            "_ema_kernel",
+            {
+                "table": "*i64",
+                "block_entry": "*i32",
+                "rate": "*fp32" if device_rate else "fp32",
+                "key_in": "i32",
+                "key_out": "i32",
+            },
+            {
+                "STORAGE": number,
+                "EMA_CODE": CODE[ema],
+                "PARAM_CODE": CODE[param],
+                "ALIGNED": aligned,
+                "DEVICE_RATE": device_rate,
+                "BLOCK": kernels._BLOCK,
+            },
+            {"num_warps": kernels._WARPS, "enable_fp_fusion": False},
+        )
+
+
+def compile_variant(kernels: Any, variant: Variant, capability: int) -> Compiled:
+    """Compile for one GPU generation and read the result with the tools inside triton."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(kernels, variant.kernel)
+    signature = {
+        name: "constexpr" if name in variant.constants else variant.types[name]
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, signature, variant.constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = _run(os.path.join(tools, "cuobjdump"), "--dump-resource-usage", file.name)
+        sass = _run(os.path.join(tools, "nvdisasm"), "-c", file.name)
+    ptx = made.asm["ptx"]
+    registers, stack, local = (
+        int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL")
+    )
+    return Compiled(
+        variant.name,
+        capability,
+        registers,
+        stack,
+        local,
+        len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)),
+        len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
+        len(re.findall(r"\bFFMA", sass)),
+    )
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+VARIANTS = {"ema": ema_variants}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("op", choices=sorted(VARIANTS))
+    parser.add_argument("--capability", type=int, nargs="+", default=[90])
+    arguments = parser.parse_args()
+    kernels = importlib.import_module(f"warp_fast.kernels.{arguments.op}")
+    for variant in VARIANTS[arguments.op](kernels):
+        for capability in arguments.capability:
+            print(json.dumps(asdict(compile_variant(kernels, variant, capability))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
