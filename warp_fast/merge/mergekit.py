@@ -37,7 +37,12 @@ def read_mergekit(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "merge_method" not in content:
         raise ValueError(f"{path} is not a mergekit configuration: it has no merge_method")
     _refuse_extras(content)
-    models = _models(content)
+    try:
+        models = _models(content)
+    except (TypeError, KeyError, AttributeError, IndexError):
+        raise ValueError(
+            "models must be a list of {model: DIR}, slices of {sources: [{model, layer_range}]}"
+        ) from None
     base = content.get("base_model")
     method = content["merge_method"]
     common = {"dtype": _dtype(content)}

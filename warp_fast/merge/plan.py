@@ -124,7 +124,7 @@ def plan_merge(
         granularity=granularity,
         etas=etas,
         dtype=dtype,
-        segments=_segments(floating, granularity),
+        segments=_segments([n for n in floating if start.entries[n].numel], granularity),
         copied=[n for n in names if start.entries[n].dtype not in FLOATING],
         tied=sorted(tied),
         outputs=[target / f"eta-{e:g}" for e in etas] if several else [target],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MAX_ROWS = 100  # of the table in the model card
 FORMULAS = {
     "slerp": "theta_init + eta * slerp_M(theta_1 - theta_init, .., theta_M - theta_init)",
     "lerp": "theta_init + eta * mean_m(theta_m - theta_init)",
@@ -179,9 +180,11 @@ def _table(report: MergeReport) -> list[str]:
     head += [f"coefficient {m}" for m in range(1, runs + 1)] + ["merged norm"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     angles, norms, merged = report.angles, report.norms, report.merged_norms
-    for s, name in enumerate(report.segments):
+    for s, name in enumerate(report.segments[:_MAX_ROWS]):
         cells = [f"{float(angles[s, i, j]):.1f}" for i, j in report.pairs]
         cells += [f"{float(norm):.3g}" for norm in norms[s]]
         cells += [f"{float(c):.3f}" for c in report.coefficients[s]]
         lines.append("| " + " | ".join([name, *cells, f"{float(merged[s]):.3g}"]) + " |")
+    if len(report.segments) > _MAX_ROWS:
+        lines += ["", f"The first {_MAX_ROWS} of {len(report.segments)} segments."]
     return lines

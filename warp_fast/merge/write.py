@@ -20,9 +20,9 @@ def staged(output: Path) -> Iterator[Path]:
     What a killed merge left there is removed by the next one; a lock, which dies with its process,
     tells that from a merge that is still running.
     """
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    aside = parent / f".{output.name}.partial"
+    final = output.resolve()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".{final.name}.partial")
     aside.mkdir(exist_ok=True)
     lock = os.open(aside, os.O_RDONLY)
     try:
@@ -34,8 +34,8 @@ def staged(output: Path) -> Iterator[Path]:
             _clear(aside)
             yield aside
             _sync(aside)
-            os.rename(aside, output)
-            _sync_entries(parent)
+            os.rename(aside, final)
+            _sync_entries(final.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -68,23 +68,25 @@ class Writer:
     """The safetensors files of one output directory, open for writing tensors in any order."""
 
     def __init__(self, directory: Path, files: list[OutputFile]) -> None:
-        self._handles: list[int] = []
-        self._places: dict[str, tuple[int, int]] = {}
+        self._handles: dict[Path, int] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
         try:
             for file in files:
-                handle = os.open(directory / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-                self._handles.append(handle)
-                _reserve(handle, file.size)
-                self._places.update({name: (handle, at) for name, at in file.starts.items()})
-                _write(handle, memoryview(file.header), 0)
+                path = directory / file.name
+                self._handles[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                self._places.update({name: (path, at) for name, at in file.starts.items()})
+                with _named(path):
+                    _reserve(self._handles[path], file.size)
+                    _write(self._handles[path], memoryview(file.header), 0)
         except BaseException:
             self.close()
             raise
 
     def write(self, name: str, offset: int, content: memoryview) -> None:
         """Write bytes of a tensor, from its byte `offset` on."""
-        handle, start = self._places[name]
-        _write(handle, content, start + offset)
+        path, start = self._places[name]
+        with _named(path):
+            _write(self._handles[path], content, start + offset)
 
     def __enter__(self) -> Writer:
         return self
@@ -93,9 +95,18 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        for handle in self._handles:
+        for handle in self._handles.values():
             os.close(handle)
         self._handles.clear()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in an error that comes from its handle."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _reserve(handle: int, size: int) -> None:

@@ -1,0 +1,239 @@
+"""What is refused, before any data is read or anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from warp_fast.merge import CheckpointError, merge_checkpoints, write
+from warp_fast.merge.checkpoint import read_header
+
+GEMMA = {"model_type": "gemma2"}
+
+
+@pytest.fixture
+def saved(checkpoints: Any, family: Any) -> tuple[Path, Path]:
+    """theta_init and one policy, on disk."""
+    init, policies = family(1, [torch.float32])
+    return checkpoints.save("init", init), checkpoints.save("policy", policies[0])
+
+
+def _refused(
+    init: Path, policy: Path, match: str, error: type[Exception] = CheckpointError
+) -> None:
+    output = init.parent / "out"
+    with pytest.raises(error, match=match):
+        merge_checkpoints(init, [policy], output, progress=False)
+    assert sorted(p.name for p in init.parent.iterdir() if "out" in p.name) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "match"),
+    [
+        ("policies", [], "at least one"),
+        ("policies", "policy", "list of at least one"),
+        ("eta", float("nan"), r"eta must be in \[0, 2\]"),
+        ("eta", -0.1, r"eta must be in \[0, 2\]"),
+        ("eta", [0.5, 2.1], r"eta must be in \[0, 2\]"),
+        ("eta", [], r"eta must be in \[0, 2\]"),
+        ("eta", [0.5, 0.5], "given once"),
+        ("method", "ties", "method must be one of slerp, lerp; got 'ties'"),
+        ("granularity", "layer", "granularity must be one of"),
+        ("dtype", "int8", "dtype must be one of"),
+        ("backend", "none", "backend must be"),
+    ],
+)
+def test_arguments(saved: tuple[Path, Path], argument: str, value: Any, match: str) -> None:
+    arguments: dict[str, Any] = {"init": saved[0], "policies": [saved[1]], "progress": False}
+    arguments["output"] = saved[0].parent / "out"
+    with pytest.raises(ValueError, match=match):
+        merge_checkpoints(**arguments | {argument: value})
+    assert {p.name for p in saved[0].parent.iterdir()} == {"init", "policy"}
+
+
+def _truncate_data(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def _truncate_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def _long_header(path: Path) -> None:
+    path.write_bytes((1 << 40).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def _bad_json(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + b"?" + content[9:])
+
+
+def _append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"1234")
+
+
+def _edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        header = change(header) or header
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+    return edit
+
+
+def _set(**fields: Any) -> Callable[[Path], None]:
+    return _edit_header(lambda header: header["model.norm.weight"].update(fields))
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "match"),
+    [
+        (_truncate_data, "truncated or corrupt"),
+        (_truncate_header, "truncated or corrupt"),
+        (_long_header, "truncated or corrupt"),
+        (_bad_json, "corrupt header"),
+        (_append, "truncated or corrupt"),
+        (lambda path: path.write_bytes(b""), "truncated or corrupt: 0 bytes"),
+        (lambda path: path.write_bytes(b"version https://git-lfs.github.com"), "git lfs pull"),
+        (_set(dtype="Q4"), "dtype Q4 cannot be merged"),
+        (_set(dtype="F8_E4M3"), "cannot be merged"),
+        (_set(shape=[4]), "takes 16 bytes, not 12"),
+        (_set(shape=[-3]), "must be counts"),
+        (_set(shape=["3"]), "must be counts"),
+        (_set(data_offsets=[0, 12]), "corrupt"),
+        (_set(data_offsets=[10**9, 10**9 + 12]), "corrupt"),
+        (_set(data_offsets=[0]), "corrupt header"),
+        (_edit_header(lambda header: [1, 2]), "corrupt header"),
+        (_edit_header(lambda header: {"x": 3}), "corrupt header"),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1], ids=["init", "policy"])
+def test_corrupt_file_is_named(
+    saved: tuple[Path, Path], which: int, corrupt: Callable[[Path], object], match: str
+) -> None:
+    corrupt(saved[which] / "model.safetensors")
+    _refused(*saved, match=match)
+    with pytest.raises(CheckpointError, match=str(saved[which].name)):
+        read_header(saved[which] / "model.safetensors")
+
+
+def test_unreadable_directories(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    init = saved[0]
+    _refused(init, Path("google/gemma-2-2b"), "google/gemma-2-2b is not a directory.*hf download")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    _refused(init, empty, "policy 1: .*empty holds neither")
+    (empty / "pytorch_model.bin").write_bytes(b"")
+    _refused(init, empty, "pickled weights only.*save_pretrained")
+    (empty / "adapter_model.safetensors").write_bytes(b"")
+    _refused(init, empty, "adapter.*merge_and_unload")
+
+
+def test_index_faults(saved: tuple[Path, Path], checkpoints: Any, family: Any) -> None:
+    _, policies = family(1, [torch.float32])
+    policy = checkpoints.save("sharded", policies[0], shards=2)
+    index = policy / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text("{")
+    _refused(saved[0], policy, "index.json is not valid JSON")
+    index.write_text("{}")
+    _refused(saved[0], policy, "no weight_map")
+    moved = {**content["weight_map"], "ghost": "model-00001-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": moved}))
+    _refused(saved[0], policy, "lacks ghost")
+    moved = {k: v for k, v in content["weight_map"].items() if k != "model.norm.weight"}
+    index.write_text(json.dumps({"weight_map": moved}))
+    _refused(saved[0], policy, "does not list .*model.norm.weight")
+    index.write_text(json.dumps(content))
+    (policy / "model-00002-of-00002.safetensors").unlink()
+    _refused(saved[0], policy, "00002-of-00002.safetensors is missing")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_vocabulary_mismatch_names_both_sizes(checkpoints: Any, name: str) -> None:
+    init = checkpoints.save("init", {name: torch.zeros(97, 4)})
+    policy = checkpoints.save("policy", {name: torch.zeros(98, 4)})
+    _refused(init, policy, f"vocabulary of 98 rows in {name}, but 97 in init")
+
+
+def test_names_and_shapes(checkpoints: Any) -> None:
+    init = checkpoints.save("init", {"a.weight": torch.zeros(2, 3), "b": torch.zeros(2)})
+    for name, weights, match in (
+        ("lacks", {"a.weight": torch.zeros(2, 3)}, "lacks 1 tensors.*: b"),
+        ("more", {**{"a.weight": torch.zeros(2, 3)}, "b": torch.zeros(2), "c": torch.ones(1)},
+         "has unknown 1 tensors.*: c"),
+        ("shape", {"a.weight": torch.zeros(3, 2), "b": torch.zeros(2)}, r"\[3, 2\], but \[2, 3\]"),
+        ("kind", {"a.weight": torch.zeros(2, 3), "b": torch.zeros(2).int()}, "b is torch.int32"),
+    ):  # fmt: skip
+        _refused(init, checkpoints.save(name, weights), match)
+    quantised = {"quantization_config": {"bits": 4}}
+    weights = {"a.weight": torch.zeros(2, 3), "b": torch.zeros(2)}
+    _refused(init, checkpoints.save("q", weights, config=quantised), "quantised")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", ["init", "policy 2"])
+def test_non_finite_values_are_named(
+    checkpoints: Any, family: Any, value: float, which: str
+) -> None:
+    init, policies = family(3, [torch.bfloat16])
+    (init if which == "init" else policies[1])["model.layers.2.mlp.weight"][23, 7] = value
+    start = checkpoints.save("init", init)
+    ends = [checkpoints.save(f"p{m}", p) for m, p in enumerate(policies)]
+    for method in ("slerp", "lerp"):
+        with pytest.raises(CheckpointError, match=rf"^{which} .*: model.layers.2.mlp.weight holds"):
+            merge_checkpoints(start, ends, start.parent / "out", method=method, progress=False)
+    assert not [p for p in start.parent.iterdir() if "out" in p.name]
+
+
+def test_float16_overflow_is_refused(checkpoints: Any) -> None:
+    init = checkpoints.save("init", {"big": torch.full((3,), 1e5)})
+    policy = checkpoints.save("policy", {"big": torch.full((3,), 2e5)})
+    with pytest.raises(ValueError, match="big overflows float16"):
+        merge_checkpoints(init, [policy], init.parent / "out", dtype="float16", progress=False)
+    assert not [p for p in init.parent.iterdir() if "out" in p.name]
+
+
+def test_output_place(saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    init, policy = saved
+    for inside in (init, init / "merged", policy / "a" / "b"):
+        with pytest.raises(ValueError, match=r"output .* is inside"):
+            merge_checkpoints(init, [policy], inside, progress=False)
+    output = init.parent / "out"
+    output.mkdir()
+    (output / "kept").write_text("x")
+    with pytest.raises(FileExistsError, match="not empty; delete it or choose another"):
+        merge_checkpoints(init, [policy], output, progress=False)
+    assert [p.name for p in output.iterdir()] == ["kept"]
+    usage = shutil.disk_usage(init)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"the merge needs .* GB, 0.000 GB are free"):
+        merge_checkpoints(init, [policy], init.parent / "new", progress=False)
+    assert not (init.parent / "new").exists()
+
+
+def test_running_merge_is_not_disturbed(saved: tuple[Path, Path]) -> None:
+    output = saved[0].parent / "out"
+    with write.staged(output) as aside:
+        (aside / "mine").write_text("x")
+        with pytest.raises(OSError, match="another merge is writing here"):
+            merge_checkpoints(saved[0], [saved[1]], output, progress=False)
+        assert (aside / "mine").exists()
+    assert [p.name for p in output.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("config", [GEMMA, {"tie_word_embeddings": True}, {}])
+def test_tied_head_that_was_trained_is_not_dropped(checkpoints: Any, config: Any) -> None:
+    embedding = {"model.embed_tokens.weight": torch.randn(5, 4)}
+    init = checkpoints.save("init", embedding, config=config)
+    policy = checkpoints.save("policy", {**embedding, "lm_head.weight": torch.randn(5, 4)})
+    _refused(init, policy, "lm_head.weight differs from model.embed_tokens.weight")
