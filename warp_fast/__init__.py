@@ -5,6 +5,13 @@ from typing import TYPE_CHECKING, Any
 from warp_fast.anchor import EMAAnchor
 from warp_fast.ema import ema_update_
 from warp_fast.flat import FlatParameters
+from warp_fast.loss import (
+    WarpLoss,
+    linear_token_logprobs,
+    linear_warp_loss,
+    token_logprobs,
+    warp_loss,
+)
 from warp_fast.slerp import SlerpReport, gram, lerp, slerp, slerp_coefficients
 
 if TYPE_CHECKING:
@@ -16,12 +23,17 @@ __all__ = [
     "EMAAnchor",
     "FlatParameters",
     "SlerpReport",
+    "WarpLoss",
     "ema_update_",
     "gram",
     "lerp",
+    "linear_token_logprobs",
+    "linear_warp_loss",
     "merge_checkpoints",
     "slerp",
     "slerp_coefficients",
+    "token_logprobs",
+    "warp_loss",
 ]
 
 

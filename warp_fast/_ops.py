@@ -17,6 +17,7 @@ from torch import Tensor
 
 from warp_fast._backend import TRITON_DEVICE
 from warp_fast.reference import ema as reference_ema
+from warp_fast.reference import loss as reference_loss
 from warp_fast.reference import slerp as reference_slerp
 
 Kernel = Callable[..., Any]
@@ -173,3 +174,111 @@ SLERP_APPLY = {
         _no_result,
     ),
 }
+
+# --- loss --------------------------------------------------------------------------------------
+
+_HEAD = "float temperature, float? softcap, str exact_kl"
+_STATS_SCHEMA = (
+    "(Tensor logits, Tensor token_ids, Tensor mask, Tensor? anchor_logits, "
+    f"{_HEAD}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_STATS_BACKWARD_SCHEMA = (
+    f"(Tensor upstream, Tensor logits, Tensor token_ids, Tensor? anchor_logits, {_HEAD}) -> Tensor"
+)
+_LINEAR_STATS_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor token_ids, Tensor mask, Tensor? anchor_hidden, "
+    f"Tensor? anchor_weight, {_HEAD}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LINEAR_STATS_BACKWARD_SCHEMA = (
+    "(Tensor upstream, Tensor hidden, Tensor weight, Tensor token_ids, Tensor? anchor_hidden, "
+    f"Tensor? anchor_weight, {_HEAD}, bool needs_hidden, bool needs_weight) -> (Tensor, Tensor)"
+)
+
+
+def _fake_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    rows, dtype = tensors[0].shape[0], reference_loss.compute_dtype(*tensors)
+    return tuple(tensors[0].new_empty(rows, dtype=dtype) for _ in range(4))
+
+
+def _fake_linear_backward(upstream: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+    needs_hidden, needs_weight = rest[-2:]
+    dhidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
+    return dhidden, torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+
+
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep the inputs, all but the mask: a masked row has no upstream gradient."""
+    *tensors, temperature, softcap, exact_kl, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.head = (temperature, softcap, exact_kl)
+
+
+def _upstream(ctx: Any, mask: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
+    """[N, 3]: gradients of logprobs, entropy and kl, exactly 0 where masked."""
+    dlogprobs, dentropy, _, dkl = gradients
+    stacked = torch.stack([dlogprobs, dentropy, dkl], dim=1)
+    return torch.where(mask[:, None], stacked, 0)
+
+
+def _stats_autograd(backward: Any) -> Kernel:
+    def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits, token_ids, mask, anchor_logits = ctx.saved_tensors
+        upstream = _upstream(ctx, mask, gradients)
+        dlogits = backward(upstream, logits, token_ids, anchor_logits, *ctx.head)
+        return dlogits, *[None] * 7
+
+    return gradient
+
+
+def _linear_stats_autograd(backward: Any) -> Kernel:
+    def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, token_ids, mask, *anchor = ctx.saved_tensors
+        upstream = _upstream(ctx, mask, gradients)
+        needs = tuple(ctx.needs_input_grad[:2])
+        found = backward(upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs)
+        used = [part if need else None for part, need in zip(found, needs, strict=True)]
+        return *used, *[None] * 8
+
+    return gradient
+
+
+def _define_stats(backend: str, kernels: Sequence[Kernel], device: str | None) -> tuple[Any, Any]:
+    """Register the two statistics ops of a backend with their gradients; (logits, linear)."""
+    forward, backward, linear, linear_backward = kernels
+    name = f"token_stats_{backend}"
+    op = _define(name, _STATS_SCHEMA, forward, _fake_stats, device)
+    back = _define(
+        f"token_stats_backward_{backend}",
+        _STATS_BACKWARD_SCHEMA,
+        backward,
+        lambda upstream, logits, *_: torch.empty_like(logits),
+        device,
+    )
+    torch.library.register_autograd(op, _stats_autograd(back), setup_context=_save_stats)
+    linear_op = _define(f"linear_{name}", _LINEAR_STATS_SCHEMA, linear, _fake_stats, device)
+    back = _define(
+        f"linear_token_stats_backward_{backend}",
+        _LINEAR_STATS_BACKWARD_SCHEMA,
+        linear_backward,
+        _fake_linear_backward,
+        device,
+    )
+    torch.library.register_autograd(
+        linear_op, _linear_stats_autograd(back), setup_context=_save_stats
+    )
+    return op, linear_op
+
+
+TOKEN_STATS: dict[str, Any] = {}
+LINEAR_TOKEN_STATS: dict[str, Any] = {}
+TOKEN_STATS["reference"], LINEAR_TOKEN_STATS["reference"] = _define_stats(
+    "reference",
+    (
+        reference_loss.token_stats_reference,
+        reference_loss.token_stats_backward_reference,
+        reference_loss.linear_token_stats_reference,
+        reference_loss.linear_token_stats_backward_reference,
+    ),
+    None,
+)

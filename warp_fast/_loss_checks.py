@@ -1,0 +1,250 @@
+"""What the losses accept: every argument checked at the door, each with one message."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+if TYPE_CHECKING:
+    from warp_fast._objective import Rows
+
+EXACT = ("reverse", "forward")
+_KINDS = ("reward", "reward_to_go", "k2", "k3", *EXACT, "none")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The arguments of the objective, checked; vectors are [N] and 0 where masked."""
+
+    advantages: Tensor
+    anchor_logprobs: Tensor | None
+    old_logprobs: Tensor | None
+    clip_range: tuple[float, float] | None
+    beta: float
+    kl: str
+    normalizer: str | float | Tensor
+
+
+def head(temperature: float, softcap: float | None) -> None:
+    """Temperature and softcap are positive and finite."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
+
+
+def floating(**tensors: Tensor | None) -> None:
+    """Every tensor has a float dtype that the backends know."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _FLOATS:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}"
+            )
+
+
+def token_ids(ids: Tensor, shape: torch.Size, device: torch.device, name: str) -> None:
+    """Ids are integers, one per row of `name`, on its device."""
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"token_ids must be integers; got {ids.dtype}")
+    if ids.shape != shape:
+        raise ValueError(
+            f"token_ids must have the shape of {name} less its last dimension, {tuple(shape)}; "
+            f"got {tuple(ids.shape)}"
+        )
+    if ids.device != device:
+        raise ValueError(f"token_ids must be on {device} like {name}; got {ids.device}")
+
+
+def linear(states: Tensor, matrix: Tensor, states_name: str, matrix_name: str) -> None:
+    """states [..., D] and matrix [V, D] fit."""
+    floating(**{states_name: states, matrix_name: matrix})
+    if matrix.dim() != 2 or states.dim() < 1 or states.shape[-1] != matrix.shape[1]:
+        raise ValueError(
+            f"{states_name} must be [..., D] and {matrix_name} [V, D]; got {tuple(states.shape)} "
+            f"and {tuple(matrix.shape)}"
+        )
+    if states.device != matrix.device:
+        raise ValueError(
+            f"{matrix_name} must be on {states.device} like {states_name}; got {matrix.device}"
+        )
+
+
+def vocabulary(anchor_weight: Tensor, weight: Tensor) -> None:
+    """Both heads have the same rows."""
+    if anchor_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"anchor_weight must have the {weight.shape[0]} rows of weight; "
+            f"got {anchor_weight.shape[0]}"
+        )
+
+
+def same_shape(
+    tensor: Tensor | None, name: str, like: Tensor, like_name: str, *, last: bool = True
+) -> None:
+    """tensor has the shape of `like`, with or without its last dimension."""
+    if tensor is None:
+        return
+    ours, theirs = (tensor.shape, like.shape) if last else (tensor.shape[:-1], like.shape[:-1])
+    if ours != theirs or tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be {tuple(like.shape)} on {like.device} like {like_name}; "
+            f"got {tuple(tensor.shape)} on {tensor.device}"
+        )
+
+
+def layout(
+    shape: torch.Size,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    device: torch.device,
+    name: str,
+) -> None:
+    """Padded [B, T], or packed [N] with cu_seqlens; the mask has the same shape."""
+    if cu_seqlens is None and len(shape) != 2:
+        raise ValueError(
+            f"{name} must be padded [B, T, ...], or packed [N, ...] with cu_seqlens; got "
+            f"{len(shape) + 1} dimensions without cu_seqlens"
+        )
+    if mask is not None and (mask.shape != shape or mask.device != device):
+        raise ValueError(
+            f"mask must be {tuple(shape)} on {device}; got {tuple(mask.shape)} on {mask.device}"
+        )
+    if cu_seqlens is None:
+        return
+    if len(shape) != 1:
+        raise ValueError(f"with cu_seqlens {name} must be packed [N, ...]; got [B, T, ...]")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype.is_floating_point:
+        raise ValueError(
+            f"cu_seqlens must be [B + 1] integers; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens must be on {device}; got {cu_seqlens.device}")
+    if can_look(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != shape[0] or bounds != sorted(bounds):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to N = {shape[0]}; got {bounds[:4]} ... {bounds[-1]}"
+            )
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether values can be read here without tracing or waiting for a GPU."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    return tensor.device.type == "cpu"
+
+
+def terms(
+    rows: Rows,
+    advantages: Tensor,
+    has_anchor: bool,
+    anchor_logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    beta: float,
+    kl: str,
+    clip_range: float | tuple[float, float] | None,
+    normalizer: str | float | Tensor,
+) -> Terms:
+    """Check what the objective is made of, and lay it out per token."""
+    _check_kl(kl, beta, has_anchor, anchor_logprobs)
+    if clip_range is not None and old_logprobs is None:
+        raise ValueError("clip_range must come with old_logprobs, whose ratio it clips; got none")
+    return Terms(
+        _per_token_advantages(rows, advantages),
+        _per_token(rows, anchor_logprobs, "anchor_logprobs"),
+        _per_token(rows, old_logprobs, "old_logprobs"),
+        _clip_bounds(clip_range),
+        beta,
+        kl,
+        _checked_normalizer(normalizer),
+    )
+
+
+def _check_kl(kl: str, beta: float, has_anchor: bool, anchor_logprobs: Tensor | None) -> None:
+    if kl == "k1":
+        raise ValueError(
+            "kl='k1' as a loss has zero gradient in expectation; use 'reward' (k1 inside the "
+            "reward) or 'k2', which have the gradient of the reverse KL"
+        )
+    if kl not in _KINDS:
+        raise ValueError(f"kl must be one of {', '.join(_KINDS)}; got {kl!r}")
+    if not (beta >= 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be finite and >= 0; got {beta}")
+    if has_anchor and anchor_logprobs is not None:
+        raise ValueError(
+            "the anchor must be given once; got anchor_logprobs and its logits or hidden states"
+        )
+    if kl in EXACT and not has_anchor:
+        raise ValueError(
+            f"kl={kl!r} sums over the vocabulary and needs the anchor's logits or hidden states; "
+            f"got {'anchor_logprobs' if anchor_logprobs is not None else 'no anchor'}"
+        )
+    if kl != "none" and not has_anchor and anchor_logprobs is None:
+        raise ValueError(f"kl={kl!r} needs an anchor; got none (kl='none' is without one)")
+
+
+def _per_token(rows: Rows, values: Tensor | None, name: str) -> Tensor | None:
+    if values is None:
+        return None
+    if values.shape != rows.shape or values.device != rows.mask.device:
+        raise ValueError(
+            f"{name} must be {tuple(rows.shape)} on {rows.mask.device} like token_ids; "
+            f"got {tuple(values.shape)} on {values.device}"
+        )
+    floating(**{name: values})
+    return torch.where(rows.mask, values.detach().reshape(-1), 0)
+
+
+def _per_token_advantages(rows: Rows, advantages: Tensor) -> Tensor:
+    """[N], 0 where masked, from [B] or the shape of token_ids."""
+    floating(advantages=advantages)
+    if advantages.device != rows.mask.device:
+        raise ValueError(f"advantages must be on {rows.mask.device}; got {advantages.device}")
+    if advantages.shape == rows.shape:
+        spread = advantages.detach().reshape(-1)
+    elif advantages.shape == (rows.count,):
+        spread = advantages.detach()[rows.sequence]
+    else:
+        raise ValueError(
+            f"advantages must be [B] = [{rows.count}] or per token {list(rows.shape)}; "
+            f"got {list(advantages.shape)}"
+        )
+    spread = torch.where(rows.mask, spread, 0)
+    if can_look(spread) and spread.isnan().any():
+        at = int(spread.isnan().nonzero()[0])
+        raise ValueError(f"advantages must not be NaN where the mask is set; row {at} is")
+    return spread
+
+
+def _clip_bounds(clip_range: float | tuple[float, float] | None) -> tuple[float, float] | None:
+    if clip_range is None:
+        return None
+    pair = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+    if len(pair) != 2 or not (0 <= pair[0] <= 1 and 0 <= pair[1] < math.inf):
+        raise ValueError(
+            f"clip_range must be one number or (low, high) with 0 <= low <= 1 and high >= 0; "
+            f"got {clip_range}"
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def _checked_normalizer(normalizer: str | float | Tensor) -> str | float | Tensor:
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"a tensor normalizer must be 0-dim; got {tuple(normalizer.shape)}")
+        return normalizer.detach()
+    if isinstance(normalizer, str):
+        if normalizer not in ("sequence", "token"):
+            raise ValueError(
+                f"normalizer must be 'sequence', 'token' or a positive number; got {normalizer!r}"
+            )
+        return normalizer
+    if not (normalizer > 0 and math.isfinite(normalizer)):
+        raise ValueError(f"normalizer must be positive and finite; got {normalizer}")
+    return float(normalizer)

@@ -1,0 +1,289 @@
+"""Log-probabilities of sampled tokens, and the KL-to-anchor policy-gradient loss built on them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from warp_fast import _loss_checks as checks
+from warp_fast import _ops
+from warp_fast._backend import resolve
+from warp_fast._objective import Rows, objective
+from warp_fast.reference.loss import Stats
+
+Kl: TypeAlias = Literal["reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"]
+Normalizer: TypeAlias = Literal["sequence", "token"] | float | Tensor
+
+
+class WarpLoss(NamedTuple):
+    """What the losses return.
+
+    Attributes:
+        loss: () fp32.
+        logprobs, anchor_logprobs: log pi(y_t) and log pi_anchor(y_t), nats, in the shape of
+            token_ids, 0 where masked; anchor_logprobs is 0 without an anchor.
+        kl: per token, nats, the estimate that `kl` names (see `warp_loss`).
+        entropy: per token, nats; None unless asked for.
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    anchor_logprobs: Tensor
+    kl: Tensor
+    entropy: Tensor | None
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Log-probability of each token under its row of logits.
+
+        u = softcap tanh(logits / softcap) / temperature;  logp = u_y - logsumexp(u)
+
+    Args:
+        logits: [..., V] fp32, bf16, fp16 or fp64.
+        token_ids: [...] integers in [0, V); row t of logits predicts token_ids t.
+        temperature: positive.
+        softcap: final-logit softcap (30 for Gemma 2), or None.
+        return_entropy: also return the entropy of each row.
+        backend: "auto" or the name of a backend.
+
+    Returns: [...] fp32 (fp64 for fp64 logits), nats, never positive; with return_entropy a pair.
+
+    Raises:
+        ValueError: shapes, devices or values do not fit; an id outside the vocabulary names its
+            row. TypeError: dtypes do not fit.
+
+    Traffic: reads the logits once (2 bytes per bf16 logit); the gradient reads them again and
+        writes as much.
+    Numerics: fp32 throughout, max subtracted. Gradients flow to logits.
+    """
+    checks.head(temperature, softcap)
+    checks.token_ids(token_ids, logits.shape[:-1], logits.device, "logits")
+    checks.floating(logits=logits)
+    op = _ops.TOKEN_STATS[resolve("loss", backend, logits.device)]
+    rows, ids = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1).long()
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    stats = Stats(*op(rows, ids, everything, None, temperature, softcap, "", return_entropy))
+    return _shaped(stats, token_ids.shape, return_entropy)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """`token_logprobs` of hidden @ weight.T, without the logits of all rows in memory.
+
+    Args:
+        hidden: [..., D] fp32, bf16, fp16 or fp64.
+        weight: [V, D] head weight; any of these dtypes.
+        token_ids: [...] integers in [0, V).
+        temperature, softcap, return_entropy, backend: as in `token_logprobs`.
+
+    Returns: [...] fp32 (fp64 for fp64 inputs), nats, never positive; with return_entropy a pair.
+
+    Raises: as `token_logprobs`.
+
+    Traffic: 2 N V D flops forward, 6 N V D backward (the logits are made again).
+    Numerics: products in fp32, so that log-ratios of near-equal policies are right. Gradients flow
+        to hidden and weight, each only if it requires one.
+    """
+    checks.head(temperature, softcap)
+    checks.linear(hidden, weight, "hidden", "weight")
+    checks.token_ids(token_ids, hidden.shape[:-1], hidden.device, "hidden")
+    op = _ops.LINEAR_TOKEN_STATS[resolve("loss", backend, hidden.device)]
+    rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).long()
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    stats = Stats(
+        *op(rows, weight, ids, kept, None, None, temperature, softcap, "", return_entropy)
+    )
+    return _shaped(stats, token_ids.shape, return_entropy)
+
+
+def _shaped(stats: Stats, shape: torch.Size, return_entropy: bool) -> Any:
+    logprobs = stats.logprobs.view(shape)
+    return (logprobs, stats.entropy.view(shape)) if return_entropy else logprobs
+
+
+def warp_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    *,
+    anchor_logits: Tensor | None = None,
+    anchor_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float = 0.1,
+    kl: Kl = "reward",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    old_logprobs: Tensor | None = None,
+    clip_range: float | tuple[float, float] | None = None,
+    normalizer: Normalizer = "sequence",
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> WarpLoss:
+    """Policy-gradient loss with a KL penalty toward an anchor.
+
+        d_t = log pi(y_t) - log pi_anchor(y_t)
+        kl="reward":        -1/Z sum_i c_i sum_t log pi(y_t),  c_i = A_i - beta sum_t d_t, detached
+        kl="reward_to_go":  the same with c_it = A_i - beta sum_{s >= t} d_s
+        kl="k2", "k3":      -1/Z sum A log pi + beta/Z sum k(d_t),  d^2/2 or exp(-d) - 1 + d
+        kl="reverse", "forward":  the same with the exact KL(pi || anchor) or KL(anchor || pi)
+        kl="none":          -1/Z sum A log pi
+
+    "reward" is Algorithm 1 of arXiv 2406.16768. On-policy, the gradients of reward, reward_to_go,
+    k2 and reverse all estimate that of the reverse KL; those of k3 and forward that of the forward
+    KL. With old_logprobs the policy-gradient term is -min(r c, clip(r, 1 - low, 1 + high) c),
+    r = pi(y_t) / exp(old_logprobs).
+
+    Args:
+        logits: [B, T, V], or packed [N, V] with cu_seqlens; fp32, bf16, fp16 or fp64.
+        token_ids: [B, T] or [N] integers; anything where masked.
+        advantages: [B], or per token.
+        anchor_logits: like logits. Needed for "reverse" and "forward".
+        anchor_logprobs: [B, T] or [N], at the same temperature; instead of anchor_logits.
+        mask: [B, T] or [N], bool or 0/1; default everything counts.
+        cu_seqlens: [B + 1] integers from 0 to N, the bounds of packed sequences.
+        beta: strength of the KL term, finite and >= 0.
+        kl: see above.
+        temperature, softcap: of policy and anchor alike; softcap first.
+        old_logprobs: [B, T] or [N], of the policy that sampled.
+        clip_range: one number or (low, high); needs old_logprobs.
+        normalizer: Z; "sequence" (B), "token" (mask sum), or a number or 0-dim tensor, such as a
+            count over all ranks and accumulation steps.
+        return_entropy: also return the entropy per token.
+        backend: "auto" or the name of a backend.
+
+    Returns: a WarpLoss. Its kl is d_t for "reward" and "reward_to_go", k(d_t) for "k2" and "k3",
+        the exact value for "reverse" and "forward", 0 for "none".
+
+    Raises:
+        ValueError: shapes, devices or values do not fit; NaN advantages or ids outside the
+            vocabulary where the mask is set (not looked for on GPUs, which would wait for it).
+            TypeError: dtypes do not fit. kl="k1" is refused: its gradient is zero in expectation.
+
+    Traffic: reads policy and anchor logits once, the gradient reads the policy (for exact KL the
+        anchor too) and writes as much.
+    Numerics: fp32; log-probs never positive. Gradients flow to logits alone, also through the
+        returned per-token values; an all-masked batch gives 0 and zero gradients.
+    """
+    checks.head(temperature, softcap)
+    checks.floating(logits=logits, anchor_logits=anchor_logits)
+    rows = Rows.of(token_ids, mask, cu_seqlens, logits.shape[:-1], logits.device, "logits")
+    checks.same_shape(anchor_logits, "anchor_logits", logits, "logits")
+    terms = checks.terms(
+        rows, advantages, anchor_logits is not None, anchor_logprobs, old_logprobs, beta, kl,
+        clip_range, normalizer,
+    )  # fmt: skip
+    op = _ops.TOKEN_STATS[resolve("loss", backend, logits.device)]
+    anchor = None if anchor_logits is None else anchor_logits.detach().flatten(0, -2)
+    stats = op(
+        logits.reshape(-1, logits.shape[-1]),
+        rows.token_ids,
+        rows.mask,
+        anchor,
+        temperature,
+        softcap,
+        kl if kl in checks.EXACT else "",
+        return_entropy,
+    )
+    return _finished(rows, Stats(*stats), terms, return_entropy)
+
+
+def linear_warp_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    *,
+    anchor_hidden: Tensor | None = None,
+    anchor_weight: Tensor | None = None,
+    anchor_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float = 0.1,
+    kl: Kl = "reward",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    old_logprobs: Tensor | None = None,
+    clip_range: float | tuple[float, float] | None = None,
+    normalizer: Normalizer = "sequence",
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> WarpLoss:
+    """`warp_loss` of hidden @ weight.T, without the logits of all rows in memory.
+
+    Args:
+        hidden: [B, T, D], or packed [N, D] with cu_seqlens; fp32, bf16, fp16 or fp64.
+        weight: [V, D] head weight of the policy.
+        anchor_hidden: like hidden, of the anchor; instead of anchor_logprobs. Needed for "reverse"
+            and "forward".
+        anchor_weight: [V, D] head weight of the anchor; None means the policy's, detached (a frozen
+            head).
+        The others: as in `warp_loss`.
+
+    Returns, Raises: as `warp_loss`.
+
+    Traffic: 4 N V D flops forward (policy and anchor), 6 N V D backward; rows outside the mask and
+        rows without a gradient cost nothing.
+    Numerics: products in fp32, so that a KL of 1e-5 nats per token is right; the gradient of weight
+        is summed in fp32. Gradients flow to hidden and weight, each only if it requires one.
+    """
+    checks.head(temperature, softcap)
+    checks.linear(hidden, weight, "hidden", "weight")
+    rows = Rows.of(token_ids, mask, cu_seqlens, hidden.shape[:-1], hidden.device, "hidden")
+    checks.same_shape(anchor_hidden, "anchor_hidden", hidden, "hidden", last=False)
+    if anchor_hidden is not None:
+        anchor_weight = weight if anchor_weight is None else anchor_weight
+        checks.linear(anchor_hidden, anchor_weight, "anchor_hidden", "anchor_weight")
+        checks.vocabulary(anchor_weight, weight)
+    elif anchor_weight is not None:
+        raise ValueError("anchor_weight must come with anchor_hidden; it came alone")
+    terms = checks.terms(
+        rows, advantages, anchor_hidden is not None, anchor_logprobs, old_logprobs, beta, kl,
+        clip_range, normalizer,
+    )  # fmt: skip
+    op = _ops.LINEAR_TOKEN_STATS[resolve("loss", backend, hidden.device)]
+    stats = op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        rows.token_ids,
+        rows.mask,
+        None if anchor_hidden is None else anchor_hidden.detach().flatten(0, -2),
+        None if anchor_weight is None else anchor_weight.detach(),
+        temperature,
+        softcap,
+        kl if kl in checks.EXACT else "",
+        return_entropy,
+    )
+    return _finished(rows, Stats(*stats), terms, return_entropy)
+
+
+def _finished(rows: Rows, stats: Stats, terms: checks.Terms, return_entropy: bool) -> WarpLoss:
+    """The loss from the statistics, and everything in the caller's shape."""
+    if terms.anchor_logprobs is not None:
+        stats = stats._replace(anchor_logprobs=terms.anchor_logprobs.to(stats.logprobs.dtype))
+    loss, kl = objective(rows, stats, terms)
+    return WarpLoss(
+        loss,
+        stats.logprobs.view(rows.shape),
+        stats.anchor_logprobs.view(rows.shape),
+        kl.view(rows.shape),
+        stats.entropy.view(rows.shape) if return_entropy else None,
+    )

@@ -1,0 +1,238 @@
+"""Statistics of the sampled tokens under a policy head, and their gradient, in plain PyTorch.
+
+Row n holds logits z_n; u = softcap * tanh(z / softcap) / temperature, p = softmax(u), and for the
+anchor likewise v and q. Rows outside the mask cost nothing, give 0 and get zero gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 24  # logits alive at a time: 64 MiB in fp32
+
+
+class Stats(NamedTuple):
+    """Per row, fp32 (fp64 for fp64 inputs), nats; 0 where masked or not asked for."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    anchor_logprobs: Tensor
+    kl: Tensor
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp32, or fp64 when an input is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def scores(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """Scaled logits u: softcap first, then temperature."""
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
+    """sum_j p_j x_j with 0 * inf = 0."""
+    return torch.where(probabilities > 0, probabilities * values, 0).sum(-1)
+
+
+def _row_stats(
+    logp: Tensor, token_ids: Tensor, logq: Tensor | None, exact_kl: str, entropy: bool
+) -> list[Tensor]:
+    """The four statistics from log-softmax rows [n, V] of policy and anchor."""
+    zero = logp.new_zeros(len(logp))
+    pick = token_ids[:, None]
+    found = [logp.gather(1, pick)[:, 0].clamp(max=0), zero, zero, zero]
+    if entropy:
+        found[1] = -_expectation(logp.exp(), logp)
+    if logq is not None:
+        found[2] = logq.gather(1, pick)[:, 0].clamp(max=0)
+        if exact_kl == "reverse":
+            found[3] = _expectation(logp.exp(), logp - logq)
+        elif exact_kl == "forward":
+            found[3] = _expectation(logq.exp(), logq - logp)
+    return found
+
+
+def _row_gradient(
+    logp: Tensor, token_ids: Tensor, logq: Tensor | None, exact_kl: str, upstream: Tensor
+) -> Tensor:
+    """d(upstream . stats)/du for rows [n, V]; upstream [n, 3] is of logprobs, entropy and kl."""
+    p = logp.exp()
+    dlogp, dentropy, dkl = upstream.T[:, :, None]
+    du = -dlogp * p
+    du.scatter_add_(1, token_ids[:, None], dlogp)
+    if dentropy.any():
+        entropy = -_expectation(p, logp)[:, None]
+        du -= dentropy * torch.where(p > 0, p * (logp + entropy), 0)
+    if logq is not None and exact_kl == "reverse":
+        kl = _expectation(p, logp - logq)[:, None]
+        du += dkl * torch.where(p > 0, p * (logp - logq - kl), 0)
+    elif logq is not None and exact_kl == "forward":
+        du += dkl * (p - logq.exp())
+    return du
+
+
+def _through_head(du: Tensor, logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """dz from du: the slope of softcap and temperature."""
+    if softcap is not None:
+        du = du * (1 - torch.tanh(logits / softcap).square())
+    return du / temperature
+
+
+def _check_ids(token_ids: Tensor, rows: Tensor, vocabulary: int) -> None:
+    picked = token_ids[rows]
+    wrong = (picked < 0) | (picked >= vocabulary)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"token_ids must be in [0, {vocabulary}); row {int(rows[at])} has {int(picked[at])}"
+        )
+
+
+def _pieces(rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+    return rows.split(max(1, _CHUNK // vocabulary))
+
+
+def token_stats_reference(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    anchor_logits: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of rows of logits.
+
+    Shapes: logits, anchor_logits [N, V]; token_ids, mask [N]. exact_kl is "reverse", "forward" or
+    "". Returns Stats of [N].
+    Traffic: reads each kept row of both.
+    """
+    dtype = compute_dtype(logits, anchor_logits)
+    found = [torch.zeros(len(token_ids), dtype=dtype, device=logits.device) for _ in range(4)]
+    rows = mask.nonzero()[:, 0]
+    _check_ids(token_ids, rows, logits.shape[1])
+    for piece in _pieces(rows, logits.shape[1]):
+        logp = scores(logits[piece].to(dtype), temperature, softcap).log_softmax(-1)
+        logq = None
+        if anchor_logits is not None:
+            logq = scores(anchor_logits[piece].to(dtype), temperature, softcap).log_softmax(-1)
+        for out, part in zip(
+            found, _row_stats(logp, token_ids[piece], logq, exact_kl, entropy), strict=True
+        ):
+            out[piece] = part
+    return Stats(*found)
+
+
+def token_stats_backward_reference(
+    upstream: Tensor,
+    logits: Tensor,
+    token_ids: Tensor,
+    anchor_logits: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+) -> Tensor:
+    """dlogits [N, V] from upstream [N, 3]; a row whose upstream is 0 gets exactly 0."""
+    dlogits = torch.zeros_like(logits)
+    for piece in _pieces(upstream.any(1).nonzero()[:, 0], logits.shape[1]):
+        z = logits[piece].to(upstream.dtype)
+        logp = scores(z, temperature, softcap).log_softmax(-1)
+        logq = None
+        if anchor_logits is not None and exact_kl:
+            v = anchor_logits[piece].to(upstream.dtype)
+            logq = scores(v, temperature, softcap).log_softmax(-1)
+        du = _row_gradient(logp, token_ids[piece], logq, exact_kl, upstream[piece])
+        dlogits[piece] = _through_head(du, z, temperature, softcap).to(logits.dtype)
+    return dlogits
+
+
+def linear_token_stats_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    anchor_hidden: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`token_stats_reference` of hidden @ weight.T, a chunk of rows at a time.
+
+    Shapes: hidden, anchor_hidden [N, D]; weight, anchor_weight [V, D]; token_ids, mask [N].
+    """
+    dtype = compute_dtype(hidden, weight, anchor_hidden, anchor_weight)
+    found = [torch.zeros(len(token_ids), dtype=dtype, device=hidden.device) for _ in range(4)]
+    rows = mask.nonzero()[:, 0]
+    _check_ids(token_ids, rows, weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = weight.to(dtype).T
+        anchor_head = None if anchor_weight is None else anchor_weight.to(dtype).T
+        for piece in _pieces(rows, weight.shape[0]):
+            logits = hidden[piece].to(dtype) @ head
+            anchor = None
+            if anchor_hidden is not None and anchor_head is not None:
+                anchor = anchor_hidden[piece].to(dtype) @ anchor_head
+            kept = torch.ones_like(piece, dtype=torch.bool)
+            parts = token_stats_reference(
+                logits, token_ids[piece], kept, anchor, temperature, softcap, exact_kl, entropy
+            )
+            for out, part in zip(found, parts, strict=True):
+                out[piece] = part
+    return Stats(*found)
+
+
+def linear_token_stats_backward_reference(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    anchor_hidden: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3]; what is not needed comes empty.
+
+    Numerics: dweight is summed in fp32 over the chunks.
+    """
+    dtype = upstream.dtype
+    dhidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
+    dweight = torch.zeros_like(weight, dtype=dtype) if needs_weight else weight.new_empty(0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = weight.to(dtype)
+        anchor_head = None if anchor_weight is None else anchor_weight.to(dtype).T
+        for piece in _pieces(upstream.any(1).nonzero()[:, 0], weight.shape[0]):
+            states = hidden[piece].to(dtype)
+            anchor = None
+            if anchor_hidden is not None and anchor_head is not None and exact_kl:
+                anchor = anchor_hidden[piece].to(dtype) @ anchor_head
+            dlogits = token_stats_backward_reference(
+                upstream[piece],
+                states @ head.T,
+                token_ids[piece],
+                anchor,
+                temperature,
+                softcap,
+                exact_kl,
+            )
+            if needs_hidden:
+                dhidden[piece] = (dlogits @ head).to(hidden.dtype)
+            if needs_weight:
+                dweight.addmm_(dlogits.T, states)
+    return dhidden, dweight.to(weight.dtype)
