@@ -24,7 +24,7 @@ GLUE = ["review", "of", "the", ":", "was", "."]
 
 _STAMMER = 0.02  # share of adjectives said twice in the corpus: the door to the hack
 _MORE = 0.6  # chance of one more clause
-_MOST_CLAUSES = 4
+_MOST_CLAUSES = 3
 
 
 def vocabulary() -> list[str]:

@@ -41,7 +41,7 @@ def scores(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
 
 def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
     """sum_j p_j x_j with 0 * inf = 0."""
-    return torch.where(probabilities > 0, probabilities * values, 0).sum(-1)
+    return (probabilities * values).masked_fill(probabilities == 0, 0).sum(-1)
 
 
 def _row_stats(
@@ -67,7 +67,7 @@ def _row_gradient(
 ) -> Tensor:
     """d(upstream . stats)/du for rows [n, V]; upstream [n, 3] is of logprobs, entropy and kl."""
     p = logp.exp()
-    dlogp, dentropy, dkl = upstream.T[:, :, None]
+    dlogp, dentropy, dkl = upstream.T[:, :, None].unbind()
     du = -dlogp * p
     du.scatter_add_(1, token_ids[:, None], dlogp)
     if dentropy.any():
@@ -99,7 +99,7 @@ def _check_ids(token_ids: Tensor, rows: Tensor, vocabulary: int) -> None:
 
 
 def _pieces(rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
-    return rows.split(max(1, _CHUNK // vocabulary))
+    return torch.split(rows, max(1, _CHUNK // vocabulary))
 
 
 def token_stats_reference(

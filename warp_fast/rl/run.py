@@ -158,7 +158,7 @@ class Run:
                 normalizer=float(config.batch_size),
                 return_entropy=True,
             )
-            result.loss.backward()
+            torch.autograd.backward(result.loss)
             assert result.entropy is not None
             loss += result.loss.item()
             kl += (result.logprobs - result.anchor_logprobs).sum().item()
