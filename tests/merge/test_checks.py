@@ -175,6 +175,9 @@ def test_names_and_shapes(checkpoints: Any) -> None:
         ("kind", {"a.weight": torch.zeros(2, 3), "b": torch.zeros(2).int()}, "b is torch.int32"),
     ):  # fmt: skip
         _refused(init, checkpoints.save(name, weights), match)
+    ints = {"a.weight": torch.zeros(2, 3).int(), "b": torch.zeros(2).int()}
+    whole = checkpoints.save("ints", ints)
+    _refused(whole, whole, "no floating-point tensors")
     quantised = {"quantization_config": {"bits": 4}}
     weights = {"a.weight": torch.zeros(2, 3), "b": torch.zeros(2)}
     _refused(init, checkpoints.save("q", weights, config=quantised), "quantised")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import warp_fast
 from warp_fast import merge_checkpoints
-from warp_fast.merge import layout, steps
+from warp_fast.merge import layout, picture, steps
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 Weights = dict[str, Tensor]
@@ -30,6 +30,12 @@ GROUPS = {
     "model.layers.2": [f"model.layers.2.{n}.weight" for n in ("mlp", "norm", "self_attn")],
     "model.layers.10": [f"model.layers.10.{n}.weight" for n in ("mlp", "norm", "self_attn")],
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a small merge; test_output.py draws."""
+    monkeypatch.setattr(picture, "draw_angles", lambda report: b"")
 
 
 def _groups(granularity: str) -> Any:

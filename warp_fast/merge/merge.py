@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from warp_fast._backend import resolve
 from warp_fast.merge.carry import carry_over
-from warp_fast.merge.checkpoint import Checkpoint, CheckpointError, MappedFiles
+from warp_fast.merge.checkpoint import Checkpoint, CheckpointError
+from warp_fast.merge.mapped import MappedFiles
 from warp_fast.merge.plan import MergePlan, plan_merge
 from warp_fast.merge.progress import byte_progress
 from warp_fast.merge.report import MergeReport, write_report
@@ -66,6 +68,7 @@ def merge_checkpoints(
     Numerics: Grams in fp64, output in fp32 arithmetic (fp64 for fp64 tensors) rounded once;
         deterministic, however the tensors are spread over files.
     """
+    served = resolve("slerp", backend, torch.device("cpu"))
     plan = plan_merge(
         init, policies, output, method=method, granularity=granularity, eta=eta, dtype=dtype
     )
@@ -77,7 +80,7 @@ def merge_checkpoints(
     _check_tied(plan, files)
     with staged(plan.output) as aside:
         directories = [aside / o.relative_to(plan.output) for o in plan.outputs]
-        solution = _write_weights(plan, files, directories, progress, backend)
+        solution = _write_weights(plan, files, directories, progress, served)
         report = _report(plan, solution)
         for directory in directories:
             carry_over(plan, directory)

@@ -91,6 +91,7 @@ def _label_segments(axis: Any, segments: list[str]) -> None:
     labels = [re.sub(r"\.weight$", "", s.removeprefix(prefix)) for s in segments]
     step = -(-len(labels) // _MAX_LABELS)
     axis.set_xticks(range(0, len(labels), step), labels[::step], rotation=90, fontsize=8)
+    axis.margins(x=0.02)
     axis.set_xlabel(f"segment of {prefix[:-1]}" if prefix else "segment")
 
 

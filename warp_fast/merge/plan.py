@@ -12,15 +12,14 @@ from pathlib import Path
 
 import torch
 
-from warp_fast.merge.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from warp_fast.merge.checkpoint import Checkpoint, open_checkpoint
 from warp_fast.merge.layout import OutputFile, output_files
+from warp_fast.merge.match import FLOATING, check_floating, check_match, tied_heads
 
 METHODS = ("slerp", "lerp")
 GRANULARITIES = ("tensor", "block", "model")
 OUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BLOCK = re.compile(r"^(?:.*?\.)?(?:layers?|blocks?|h)\.\d+(?=\.)")
-_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -106,16 +105,15 @@ def plan_merge(
     etas = _checked(policies, method, granularity, eta, dtype)
     start = open_checkpoint(Path(init), "init")
     ends = [open_checkpoint(Path(p), f"policy {m}") for m, p in enumerate(policies, 1)]
-    tied = _tied_heads(start, ends)
+    tied = tied_heads(start, ends)
     names = [name for name in start.names if name not in tied]
     for end in ends:
-        _check_match(start, end, names, tied)
-    _check_quantised([start, *ends])
+        check_match(start, end, names, tied)
+    check_floating([start, *ends])
     floating = [n for n in names if start.entries[n].dtype in FLOATING]
     dtypes = {n: OUT_DTYPES[dtype] if dtype else start.entries[n].dtype for n in floating}
     shapes = [(n, dtypes.get(n, start.entries[n].dtype), start.entries[n].shape) for n in names]
     target = Path(output)
-    several = not isinstance(eta, int | float) and len(etas) > 1
     plan = MergePlan(
         init=start,
         policies=ends,
@@ -127,7 +125,7 @@ def plan_merge(
         segments=_segments([n for n in floating if start.entries[n].numel], granularity),
         copied=[n for n in names if start.entries[n].dtype not in FLOATING],
         tied=sorted(tied),
-        outputs=[target / f"eta-{e:g}" for e in etas] if several else [target],
+        outputs=[target / f"eta-{e:g}" for e in etas] if len(etas) > 1 else [target],
         files=output_files(shapes),
     )
     _check_output(plan)
@@ -156,52 +154,6 @@ def _checked(
     if len({f"{e:g}" for e in etas}) < len(etas):
         raise ValueError(f"each eta must be given once, to six digits; got {eta}")
     return etas
-
-
-def _tied_heads(init: Checkpoint, policies: list[Checkpoint]) -> set[str]:
-    """Heads that are the embedding: by the config of init, or because init stores none."""
-    config = init.config
-    text = config.get("text_config")
-    nested = text if isinstance(text, dict) else {}
-    # configs leave out what is the default of their class; for every Gemma that is tied
-    default = str(config.get("model_type", "")).startswith("gemma")
-    tied = config.get("tie_word_embeddings", nested.get("tie_word_embeddings", default))
-    stored = [name for c in (init, *policies) for name in c.entries]
-    heads = {name for name in stored if name == _HEAD or name.endswith("." + _HEAD)}
-    embedded = any(name.endswith(_EMBEDDING) for name in init.entries)
-    if embedded and (tied or heads.isdisjoint(init.entries)):
-        return heads or {_HEAD}
-    return set()
-
-
-def _check_match(init: Checkpoint, policy: Checkpoint, names: list[str], tied: set[str]) -> None:
-    """A policy must have the tensors of init; a head that init ties may be there or not."""
-    expected, found = set(names), policy.entries.keys() - tied
-    for what, odd in (("lacks", expected - found), ("has unknown", found - expected)):
-        if odd:
-            some = ", ".join(sorted(odd)[:5]) + (", ..." if len(odd) > 5 else "")
-            raise CheckpointError(f"{policy} {what} {len(odd)} tensors, compared to init: {some}")
-    for name in names:
-        ours, theirs = init.entries[name], policy.entries[name]
-        if ours.shape != theirs.shape:
-            raise CheckpointError(f"{policy}: {_shape_fault(name, ours.shape, theirs.shape)}")
-        if (ours.dtype in FLOATING) != (theirs.dtype in FLOATING):
-            raise CheckpointError(f"{policy}: {name} is {theirs.dtype}, but {ours.dtype} in init")
-
-
-def _shape_fault(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
-    if name.endswith((_HEAD, _EMBEDDING)) and ours[1:] == theirs[1:]:
-        return (
-            f"vocabulary of {theirs[0]} rows in {name}, but {ours[0]} in init; resize one of the "
-            "models first (resize_token_embeddings), nothing is truncated here"
-        )
-    return f"{name} has shape {list(theirs)}, but {list(ours)} in init"
-
-
-def _check_quantised(checkpoints: list[Checkpoint]) -> None:
-    for checkpoint in checkpoints:
-        if checkpoint.config.get("quantization_config"):
-            raise CheckpointError(f"{checkpoint} is quantised; merge the full-precision weights")
 
 
 def _segments(names: list[str], granularity: str) -> dict[str, list[str]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from warp_fast import _ops
-from warp_fast._backend import resolve
-from warp_fast.merge.checkpoint import CheckpointError, MappedFiles, prefetch
+from warp_fast.merge.checkpoint import CheckpointError
+from warp_fast.merge.mapped import MappedFiles, prefetch
 from warp_fast.merge.plan import MergePlan
 from warp_fast.merge.steps import Piece, Step, merge_steps
 from warp_fast.merge.write import Writer
@@ -41,8 +41,7 @@ class Merger:
     def __init__(
         self, plan: MergePlan, files: MappedFiles, writers: Sequence[Writer], backend: str
     ) -> None:
-        resolved = resolve("slerp", backend, torch.device("cpu"))
-        self.gram_op, self.apply_op = _ops.GRAM[resolved], _ops.SLERP_APPLY[resolved]
+        self.gram_op, self.apply_op = _ops.GRAM[backend], _ops.SLERP_APPLY[backend]
         self.plan, self.files, self.writers = plan, files, writers
         self.steps = list(merge_steps(plan))
         self.segment_of = {n: s for s, names in plan.segments.items() for n in names}
