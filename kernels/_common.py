@@ -1,33 +1,13 @@
-"""What the Triton launchers share: pointer tables, and typed access through them.
-
-A kernel walks lists of tensors in one launch. It finds them through a table in device memory, one
-row per entry (a run of elements of one tensor), and a map from program to entry.
-"""
+# ruff: noqa: RUF005 -- inside a kernel a tuple grows by concatenation; it has no starred form
+"""What the Triton kernels share: typed access through a pointer table (see `_table.py`)."""
 
 from __future__ import annotations
 
-import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 HEAD = tl.constexpr(3)  # fields of a table row before the addresses: size, first block, payload
-LANES = 8  # elements: 16 bytes of bf16; runs of 2- and 4-byte elements this long are whole vectors
-_ALIGNMENT = 16  # bytes of the widest load
-_KEPT = 16  # tables; past that the one used longest ago goes
-
-_CODE = {
-    torch.bfloat16: 0,
-    torch.float16: 1,
-    torch.float32: 2,
-    torch.float64: 3,
-    torch.int16: 4,
-}
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -54,144 +34,46 @@ def entry_size(entry, ALIGNED: tl.constexpr):
     return tl.multiple_of(size, 8) if ALIGNED else size
 
 
-class Entry(NamedTuple):
-    """Elements [offset, offset + size) of tensor number `tensor`, in `blocks` blocks.
-
-    `row` counts the blocks of the entries before it, over all launches.
-    """
-
-    tensor: int
-    offset: int
-    size: int
-    codes: tuple[int, ...]
-    aligned: bool
-    blocks: int
-    row: int
-
-
-class Launch(NamedTuple):
-    """The entries of one combination of dtypes and alignment, as a kernel reads them.
-
-    Shapes: table [entries, HEAD + C] int64, block_entry [blocks] int32, both on the device.
-    """
-
-    codes: tuple[int, ...]
-    aligned: bool
-    table: Tensor
-    block_entry: Tensor
-
-
-def packed(codes: Sequence[int]) -> int:
-    """Dtype codes as one constexpr: 3 bits each, the first lowest."""
-    return sum(code << 3 * i for i, code in enumerate(codes))
-
-
-def entries_of(
-    columns: Sequence[Sequence[Tensor]], block: int, order: Sequence[int]
-) -> list[Entry]:
-    """Cut the tensors into entries, tensors in the given order; empty ones have none.
-
-    A tensor that starts on 16 bytes in every column gives one entry of whole vectors and one of the
-    up to 7 elements left; any other gives one unaligned entry.
-    """
-    found: list[Entry] = []
-    row = 0
-    for t in order:
-        tensors = [column[t] for column in columns]
-        size = tensors[0].numel()
-        if any(tensor.numel() != size for tensor in tensors):
-            raise ValueError(f"tensor {t} must have one size; got {[x.numel() for x in tensors]}")
-        codes = tuple(_CODE[tensor.dtype] for tensor in tensors)
-        aligned = all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
-        whole = size // LANES * LANES if aligned else 0
-        for offset, length in ((0, whole), (whole, size - whole)):
-            if length > 0:
-                blocks = -(-length // block)
-                found.append(Entry(t, offset, length, codes, length == whole, blocks, row))
-                row += blocks
+@triton.jit
+def pointers(
+    entry, FIRST: tl.constexpr, COUNT: tl.constexpr, CODES: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Pointers to the columns FIRST .. FIRST + COUNT of an entry, in a tuple."""
+    found = ()
+    for c in tl.static_range(FIRST, FIRST + COUNT):
+        found = found + (typed_pointer(tl.load(entry + HEAD + c), CODES >> 3 * c & 7, ALIGNED),)
     return found
 
 
-def launches_of(
-    columns: Sequence[Sequence[Tensor]],
-    entries: Sequence[Entry],
-    payload: Callable[[Entry], int],
-) -> list[Launch]:
-    """Build the tables, one per combination of dtypes and alignment, on the device."""
-    device = columns[0][0].device
-    groups: dict[tuple[tuple[int, ...], bool], list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault((entry.codes, entry.aligned), []).append(entry)
-    launches = []
-    for (codes, aligned), members in groups.items():
-        rows, counts, first = [], [], 0
-        for entry in members:
-            tensors = [column[entry.tensor] for column in columns]
-            addresses = [x.data_ptr() + entry.offset * x.element_size() for x in tensors]
-            rows.append([entry.size, first, payload(entry), *addresses])
-            counts.append(entry.blocks)
-            first += entry.blocks
-        numbers = torch.arange(len(members), dtype=torch.int32)
-        block_entry = numbers.repeat_interleave(torch.tensor(counts))
-        table = torch.tensor(rows, dtype=torch.int64)
-        launches.append(Launch(codes, aligned, table.to(device), block_entry.to(device)))
-    return launches
+@triton.jit
+def deltas_of(init, policies, offs, mask, COUNT: tl.constexpr, EVICT: tl.constexpr):
+    """policy - init for a tuple of pointers, in fp32, or in fp64 where either side is."""
+    found = ()
+    for m in tl.static_range(COUNT):
+        end = tl.load(policies[m] + offs, mask=mask, other=0.0, eviction_policy=EVICT)
+        if end.dtype == tl.float64 or init.dtype == tl.float64:
+            delta = end.to(tl.float64) - init.to(tl.float64)
+        else:
+            delta = end.to(tl.float32) - init.to(tl.float32)
+        found = found + (delta,)
+    return found
 
 
-class TableCache:
-    """Tables by value: the key holds every address, size and dtype that the table was built from.
-
-    So a tensor that moved, was resized, or was freed and replaced gives another key, and equal keys
-    need the same table whoever owns the memory. Bounded. A table that a CUDA graph was captured
-    with is kept for the life of the process, since replays read it.
-    """
-
-    def __init__(self) -> None:
-        self._tables: OrderedDict[object, object] = OrderedDict()
-        self._captured: dict[object, object] = {}
-
-    def __len__(self) -> int:
-        return len(self._tables)
-
-    def get(self, columns: Sequence[Sequence[Tensor]], extra: object, build: Callable[[], object]):
-        """The cached result of `build` for these tensors; `extra` is what else it depends on."""
-        device = columns[0][0].device
-        tensors = [tensor for column in columns for tensor in column]
-        key = (
-            device,
-            extra,
-            tuple([x.data_ptr() for x in tensors]),
-            tuple([x.numel() for x in tensors]),
-            tuple([x.dtype for x in tensors]),
-        )
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        found = self._tables.get(key, self._captured.get(key))
-        if found is None:
-            if capturing:
-                raise RuntimeError(
-                    "the tensors of a captured call must have been passed to a call before the "
-                    "capture: their pointer table is copied to the device there"
-                )
-            found = self._tables[key] = build()
-            if len(self._tables) > _KEPT:
-                if device.type == "cuda":
-                    # kernels of any stream may still read the table that goes
-                    torch.cuda.synchronize()
-                self._tables.popitem(last=False)
-        elif key in self._tables:
-            self._tables.move_to_end(key)
-        if capturing:
-            self._captured[key] = found
-        return found
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the device of the tensor current: Triton launches on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def copied_back(originals: Sequence[Tensor], used: Sequence[Tensor]) -> None:
-    """Write the contiguous stand-ins of strided tensors back to them."""
-    for original, stand_in in zip(originals, used, strict=True):
-        if stand_in is not original:
-            original.copy_(stand_in)
+@triton.jit
+def rounded(value, CODE: tl.constexpr):
+    """fp32 or fp64 -> the stored dtype, to nearest even; fp64 by way of fp32, as in torch."""
+    if CODE == 3:
+        near = value.to(tl.float64)
+    elif CODE == 2:
+        near = value.to(tl.float32)
+    elif CODE == 1:
+        near = value.to(tl.float32).to(tl.float16)
+    elif INTERPRETED:
+        # the interpreter would truncate
+        value = value.to(tl.float32)
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        near = tl.where(value != value, 0x7FC0, bits).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        near = value.to(tl.float32).to(tl.bfloat16)
+    return near

@@ -7,16 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from warp_fast.kernels._common import (
-    HEAD,
+from warp_fast.kernels._common import HEAD, entry_size, typed_pointer
+from warp_fast.kernels._table import (
     Launch,
     TableCache,
     copied_back,
     entries_of,
-    entry_size,
     launches_of,
     on_device,
-    typed_pointer,
 )
 from warp_fast.reference.ema import random_key
 

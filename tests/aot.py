@@ -81,6 +81,68 @@ def ema_variants(kernels: Any) -> Iterator[Variant]:
         )
 
 
+def packed(codes: list[str]) -> int:
+    return sum(CODE[code] << 3 * i for i, code in enumerate(codes))
+
+
+def gram_variants(kernels: Any) -> Iterator[Variant]:
+    """M below, at and above one group of policies; mixed dtypes; scalar loads; the second stage.
+
+    M = 9 has every kind of group (4 with itself, 4 with 4, 4 with 1, 1 with itself); M = 16 only
+    repeats them, at a multiple of the time.
+    """
+    types = {"table": "*i64", "block_entry": "*i32", "partial": "*fp64"}
+    bf16 = ["bf16"] * 17
+    grid = [(bf16[: 1 + m], True) for m in (2, 5, 9)]
+    grid += [(["fp32"] * 3, True), (["fp32", *bf16[:5]], True), (bf16[:3], False)]
+    grid += [(["fp64"] * 3, True)]
+    for codes, aligned in grid:
+        runs = len(codes) - 1
+        group, chunk = kernels.tiling(runs)
+        yield Variant(
+            f"gram M{runs} {codes[0]} {codes[1]}{'' if aligned else ' unaligned'}",
+            "_gram_kernel",
+            types,
+            {
+                "M": runs,
+                "CODES": packed(codes),
+                "ALIGNED": aligned,
+                "GROUP": group,
+                "CHUNK": chunk,
+                "ROWS": kernels._ROWS,
+            },
+            {"num_warps": kernels._WARPS, "enable_fp_fusion": True, **kernels._REGISTERS},
+        )
+    types = {"partial": "*fp64", "bounds": "*i64", "gram": "*fp64", "M": "i32"}
+    constants: dict[str, int] = {"BLOCK": kernels._SUM_BLOCK}
+    yield Variant("gram sum", "_sum_kernel", types, constants, {"enable_fp_fusion": False})
+
+
+def slerp_variants(kernels: Any) -> Iterator[Variant]:
+    """The usual M and the largest; mixed dtypes; scalar accesses."""
+    types = {"table": "*i64", "block_entry": "*i32", "coefficients": "*fp64"}
+    types |= dict.fromkeys(("stride", "rows", "segments", "blocks"), "i32")
+    bf16 = ["bf16"] * 17
+    grid = [(bf16[: 1 + m], "bf16", True) for m in (2, 5, 16)]
+    grid += [(["fp32"] * 3, "fp32", True), (["fp32", *bf16[:5]], "bf16", True)]
+    grid += [(["fp64"] * 3, "fp64", True), (["fp16"] * 3, "fp16", True)]
+    grid += [(bf16[:3], "bf16", False)]
+    for codes, out, aligned in grid:
+        yield Variant(
+            f"slerp M{len(codes) - 1} {codes[0]} {codes[1]}{'' if aligned else ' unaligned'}",
+            "_apply_kernel",
+            types,
+            {
+                "M": len(codes) - 1,
+                "CODES": packed(codes),
+                "OUT_CODE": CODE[out],
+                "ALIGNED": aligned,
+                "BLOCK": kernels._BLOCK,
+            },
+            {"num_warps": kernels._WARPS, "enable_fp_fusion": False},
+        )
+
+
 def compile_variant(kernels: Any, variant: Variant, capability: int) -> Compiled:
     """Compile for one GPU generation and read the result with the tools inside triton."""
     import triton
@@ -125,7 +187,7 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-VARIANTS = {"ema": ema_variants}
+VARIANTS = {"ema": ema_variants, "gram": gram_variants, "slerp": slerp_variants}
 
 
 def main() -> None:

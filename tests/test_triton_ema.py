@@ -172,6 +172,26 @@ def test_random_bits_of_far_elements(first: int, seed: int, step: int) -> None:
     check(lists("stochastic", [BF16], [300]), 0.3, None, True, seed, step, first)
 
 
+@pytest.mark.parametrize("shift", [2**31, 2**33])
+def test_elements_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
+    """The table is rewritten so that the blocks lie `shift` elements after their base address."""
+    original = kernels.launches_of
+
+    def launches_of(columns: list[list[Tensor]], *rest: Any) -> Any:
+        launches = original(columns, *rest)
+        for launch in launches:
+            sizes = torch.tensor([column[0].element_size() for column in columns])
+            launch.table[:, 0] += shift
+            launch.table[:, 1] -= shift // kernels._BLOCK
+            launch.table[:, 2] -= shift
+            launch.table[:, 3:] -= shift * sizes.to(DEVICE)
+        return launches
+
+    monkeypatch.setattr(kernels, "launches_of", launches_of)
+    check(lists("split", [BF16], SIZES))
+    check(lists("stochastic", [BF16], SIZES), stochastic=True)
+
+
 # --- the pointer table ---------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ SERVED: dict[str, dict[str, tuple[str, ...]]] = {
 # the interpreter of Triton runs its kernels on CPU tensors, and only there; slow, so last
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_DEVICE = "cpu" if INTERPRETED else "cuda"
-for _served in (SERVED["ema"],):
+for _served in (SERVED["ema"], SERVED["slerp"]):
     _rest = _served[TRITON_DEVICE]
     _served[TRITON_DEVICE] = (*_rest, "triton") if INTERPRETED else ("triton", *_rest)
 

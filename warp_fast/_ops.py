@@ -165,6 +165,9 @@ GRAM = {
     "reference": _define(
         "gram_reference", _GRAM_SCHEMA, reference_slerp.gram_reference, _fake_gram
     ),
+    "triton": _define(
+        "gram_triton", _GRAM_SCHEMA, _triton("gram", "gram_triton"), _fake_gram, TRITON_DEVICE
+    ),
 }
 SLERP_APPLY = {
     "reference": _define(
@@ -172,6 +175,13 @@ SLERP_APPLY = {
         _APPLY_SCHEMA,
         _checked_apply(reference_slerp.slerp_apply_reference_),
         _no_result,
+    ),
+    "triton": _define(
+        "slerp_apply_triton_",
+        _APPLY_SCHEMA,
+        _checked_apply(_triton("slerp", "slerp_apply_triton_")),
+        _no_result,
+        TRITON_DEVICE,
     ),
 }
 

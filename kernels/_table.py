@@ -1,0 +1,184 @@
+"""Pointer tables: how one launch finds the tensors of a list.
+
+A table in device memory has one row per entry (a run of elements of one tensor), and a map says
+which entry each program works on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LANES = 8  # elements: 16 bytes of bf16; runs of 2- and 4-byte elements this long are whole vectors
+_ALIGNMENT = 16  # bytes of the widest load
+_KEPT = 16  # tables; past that the one used longest ago goes
+
+_CODE = {
+    torch.bfloat16: 0,
+    torch.float16: 1,
+    torch.float32: 2,
+    torch.float64: 3,
+    torch.int16: 4,
+}
+
+
+class Entry(NamedTuple):
+    """Elements [offset, offset + size) of tensor number `tensor`, in `blocks` blocks.
+
+    `row` counts the blocks of the entries before it, over all launches.
+    """
+
+    tensor: int
+    offset: int
+    size: int
+    codes: tuple[int, ...]
+    aligned: bool
+    blocks: int
+    row: int
+
+
+class Launch(NamedTuple):
+    """The entries of one combination of dtypes and alignment, as a kernel reads them.
+
+    Shapes: table [entries, 3 + C] int64, block_entry [blocks] int32, both on the device.
+    """
+
+    codes: tuple[int, ...]
+    aligned: bool
+    table: Tensor
+    block_entry: Tensor
+
+
+def packed(codes: Sequence[int]) -> int:
+    """Dtype codes as one constexpr: 3 bits each, the first lowest."""
+    return sum(code << 3 * i for i, code in enumerate(codes))
+
+
+def entries_of(
+    columns: Sequence[Sequence[Tensor]], block: int, order: Sequence[int]
+) -> list[Entry]:
+    """Cut the tensors into entries, tensors in the given order; empty ones have none.
+
+    A tensor that starts on 16 bytes in every column gives one entry of whole vectors and one of the
+    up to 7 elements left; any other gives one unaligned entry.
+    """
+    found: list[Entry] = []
+    row = 0
+    for t in order:
+        tensors = [column[t] for column in columns]
+        size = tensors[0].numel()
+        if any(tensor.numel() != size for tensor in tensors):
+            raise ValueError(f"tensor {t} must have one size; got {[x.numel() for x in tensors]}")
+        codes = tuple(_CODE[tensor.dtype] for tensor in tensors)
+        aligned = all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
+        whole = size // LANES * LANES if aligned else 0
+        for offset, length in ((0, whole), (whole, size - whole)):
+            if length > 0:
+                blocks = -(-length // block)
+                found.append(Entry(t, offset, length, codes, length == whole, blocks, row))
+                row += blocks
+    return found
+
+
+def launches_of(
+    columns: Sequence[Sequence[Tensor]],
+    entries: Sequence[Entry],
+    payload: Callable[[Entry], int],
+) -> list[Launch]:
+    """Build the tables, one per combination of dtypes and alignment, on the device."""
+    device = columns[0][0].device
+    groups: dict[tuple[tuple[int, ...], bool], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.codes, entry.aligned), []).append(entry)
+    launches = []
+    for (codes, aligned), members in groups.items():
+        rows, counts, first = [], [], 0
+        for entry in members:
+            tensors = [column[entry.tensor] for column in columns]
+            addresses = [x.data_ptr() + entry.offset * x.element_size() for x in tensors]
+            rows.append([entry.size, first, payload(entry), *addresses])
+            counts.append(entry.blocks)
+            first += entry.blocks
+        numbers = torch.arange(len(members), dtype=torch.int32)
+        block_entry = numbers.repeat_interleave(torch.tensor(counts))
+        table = torch.tensor(rows, dtype=torch.int64)
+        launches.append(Launch(codes, aligned, table.to(device), block_entry.to(device)))
+    return launches
+
+
+class TableCache:
+    """Tables by value: the key holds every address, size and dtype that the table was built from.
+
+    So a tensor that moved, was resized, or was freed and replaced gives another key, and equal keys
+    need the same table whoever owns the memory. Bounded. A table that a CUDA graph was captured
+    with is kept for the life of the process, since replays read it.
+    """
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[object, object] = OrderedDict()
+        self._captured: dict[object, object] = {}
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def get(self, columns: Sequence[Sequence[Tensor]], extra: object, build: Callable[[], object]):
+        """The cached result of `build` for these tensors; `extra` is what else it depends on."""
+        device = columns[0][0].device
+        tensors = [tensor for column in columns for tensor in column]
+        key = (
+            device,
+            extra,
+            tuple([x.data_ptr() for x in tensors]),
+            tuple([x.numel() for x in tensors]),
+            tuple([x.dtype for x in tensors]),
+        )
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        found = self._tables.get(key, self._captured.get(key))
+        if found is None:
+            if capturing:
+                raise RuntimeError(
+                    "the tensors of a captured call must have been passed to a call before the "
+                    "capture: their pointer table is copied to the device there"
+                )
+            found = self._tables[key] = build()
+            if len(self._tables) > _KEPT:
+                if device.type == "cuda":
+                    # kernels of any stream may still read the table that goes
+                    torch.cuda.synchronize()
+                self._tables.popitem(last=False)
+        elif key in self._tables:
+            self._tables.move_to_end(key)
+        if capturing:
+            self._captured[key] = found
+        return found
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the device of the tensor current: Triton launches on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def copied_back(originals: Sequence[Tensor], used: Sequence[Tensor]) -> None:
+    """Write the contiguous stand-ins of strided tensors back to them."""
+    for original, stand_in in zip(originals, used, strict=True):
+        if stand_in is not original:
+            original.copy_(stand_in)
+
+
+def by_column(init: list[Tensor], others: list[Tensor]) -> list[list[Tensor]]:
+    """init and the tensors of each policy (or row of outputs), as contiguous tensors."""
+    listed = [*init, *others]
+    return [
+        [x.contiguous() for x in listed[at : at + len(init)]]
+        for at in range(0, len(listed), len(init))
+    ]
+
+
+def by_segment(segment: list[int]) -> list[int]:
+    """Tensor numbers ordered by segment, so that the chunks of a segment are neighbours."""
+    return sorted(range(len(segment)), key=segment.__getitem__)
