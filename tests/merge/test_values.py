@@ -163,10 +163,23 @@ def test_result_does_not_depend_on_files(
             for m, w in enumerate((init, *policies))
         ]
         output = checkpoints.root / root / "out"
-        merge_checkpoints(paths[0], paths[1:], output, granularity="model", progress=False)
-        results.append(checkpoints.load(output))
+        report = merge_checkpoints(paths[0], paths[1:], output, granularity="model", progress=False)
+        results.append({"gram": report.gram, **checkpoints.load(output)})
     for other in results[1:]:
         assert all(torch.equal(other[name], tensor) for name, tensor in results[0].items())
+
+
+def test_unaligned_data_is_read(checkpoints: Any) -> None:
+    """Headers need not end at a multiple of the element size."""
+    weights = [{"a": torch.randn(5)} for _ in range(2)]
+    paths = [checkpoints.save(str(m), w) for m, w in enumerate(weights)]
+    file = paths[1] / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length] + b" "
+    file.write_bytes((length + 1).to_bytes(8, "little") + header + content[8 + length :])
+    merge_checkpoints(paths[0], paths[1:], checkpoints.root / "out", progress=False)
+    torch.testing.assert_close(checkpoints.load(checkpoints.root / "out"), weights[1])
 
 
 def test_angles_are_of_task_vectors(checkpoints: Any) -> None:
