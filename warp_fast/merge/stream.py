@@ -18,7 +18,7 @@ from warp_fast.merge.steps import Piece, Step, merge_steps
 from warp_fast.merge.write import Writer
 from warp_fast.reference.slerp import slerp_coefficients_reference
 
-_AHEAD = 2  # tiles that the kernel reads from disk before they are needed
+_AHEAD = 8  # tiles the kernel is asked to read ahead; cold reads gain up to here, not beyond
 _ALIGNMENT = 64
 
 
