@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import matplotlib.pyplot
+import torch
+import torch._dynamo
+import transformers.models.gemma2.modeling_gemma2
+from transformers.utils import logging
+
+import warp_fast.merge.picture
+from warp_fast.rl import WarpConfig, warp
+
+# the fork server of test_resume.py imports this module once, and with it what every run needs
+PRELOADED = (matplotlib.pyplot, torch._dynamo, transformers.models.gemma2, warp_fast.merge.picture)
 
 # point -> (where the function lives, its name, whether it runs before the kill)
 POINTS: dict[str, tuple[str, str, str]] = {
@@ -30,8 +43,6 @@ def die(*_: Any, **__: Any) -> None:
 
 def arm(point: str, call: int) -> None:
     """Make the `call`-th call of a point kill this process."""
-    import importlib
-
     place, name, moment = POINTS[point]
     owner: Any = importlib.import_module(place)
     *path, attribute = name.split(".")
@@ -59,11 +70,6 @@ def arm(point: str, call: int) -> None:
 
 def run(fields: dict[str, Any], point: str | None, call: int) -> None:
     """Run WARP in this process; with a point, die there."""
-    import torch
-    from transformers.utils import logging
-
-    from warp_fast.rl import WarpConfig, warp
-
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     if point is not None:

@@ -15,7 +15,20 @@ from tests.rl import killed
 from warp_fast.rl import WarpConfig
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "transformers", "warp_fast.rl", "tests.rl.killed"])
+SERVER.set_forkserver_preload(["tests.rl.killed"])
+
+
+@pytest.fixture
+def fields(make_config: Callable[..., WarpConfig]) -> dict[str, Any]:
+    """Two iterations of two runs in as little work as has every stage."""
+    small = {
+        "steps": 4,
+        "batch_size": 4,
+        "max_new_tokens": 3,
+        "eval_samples": 4,
+        "sweep": [0.5, 1.0],
+    }
+    return make_config(**small).to_dict()
 
 
 def run_process(fields: dict[str, Any], point: str | None = None, call: int = 1) -> int | None:
@@ -76,13 +89,12 @@ def expected(uninterrupted: dict[str, Any], fields: dict[str, Any]) -> dict[str,
     ],
 )
 def test_killed_and_started_again(
-    make_config: Callable[..., WarpConfig],
+    fields: dict[str, Any],
     uninterrupted: dict[str, Any],
     tmp_path: Path,
     point: str,
     call: int,
 ) -> None:
-    fields = make_config().to_dict()
     whole = expected(uninterrupted, fields)
     assert run_process(fields, point, call) == -signal.SIGKILL
     assert run_process(fields) == 0
@@ -92,9 +104,8 @@ def test_killed_and_started_again(
 
 
 def test_killed_three_times(
-    make_config: Callable[..., WarpConfig], uninterrupted: dict[str, Any], tmp_path: Path
+    fields: dict[str, Any], uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
-    fields = make_config().to_dict()
     whole = expected(uninterrupted, fields)
     for _ in range(3):
         assert run_process(fields, "step", 4) == -signal.SIGKILL
@@ -102,10 +113,7 @@ def test_killed_three_times(
     assert results(tmp_path / "out") == whole
 
 
-def test_finished_run_started_again_changes_nothing(
-    make_config: Callable[..., WarpConfig], tmp_path: Path
-) -> None:
-    fields = make_config(iterations=1).to_dict()
+def test_finished_run_started_again_changes_nothing(fields: dict[str, Any], tmp_path: Path) -> None:
     assert run_process(fields) == 0
     before = results(tmp_path / "out")
     assert run_process(fields) == 0
