@@ -78,12 +78,19 @@ def _grouped_layout(keys: list[str], segments: Any) -> Layout:
     if sorted(listed) != sorted(keys):
         odd = sorted(set(listed) ^ set(keys)) or sorted({k for k in listed if listed.count(k) > 1})
         raise ValueError(f"segments must hold every name exactly once; check {odd[:5]}")
+    if not all(groups):
+        raise ValueError("a group of segments must hold at least one name; got an empty one")
     names = [repr(key) for key in segments] if named else [repr(group[0]) for group in groups]
     return Layout([number[key] for key in keys], names, keys)
 
 
-def matched(layout: Layout, init: Weights, policies: Sequence[Weights]) -> list[Tensor]:
-    """The M * T policy tensors, after checking that each policy has the form and shapes of init."""
+def matched(
+    layout: Layout, init: Weights, policies: Sequence[Weights], role: str = "policy"
+) -> list[Tensor]:
+    """The M * T policy tensors, after checking that each policy has the form and shapes of init.
+
+    role: what the messages call a policy.
+    """
     if isinstance(policies, Tensor | Mapping) or len(policies) == 0:
         raise ValueError("policies must be a sequence of at least one policy")
     ours = layout.tensors(init)
@@ -91,51 +98,55 @@ def matched(layout: Layout, init: Weights, policies: Sequence[Weights]) -> list[
         raise ValueError("init must hold at least one tensor; got none")
     result: list[Tensor] = []
     for m, policy in enumerate(policies):
-        _check_form(m, init, policy)
+        _check_form(f"{role} {m}", init, policy)
         theirs = layout.tensors(policy)
         for t, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             where = layout.keys[t] if layout.keys is not None else layout.names[t]
             if a.shape != b.shape or a.device != b.device:
                 raise ValueError(
-                    f"policy {m}, {where}: must be {tuple(a.shape)} on {a.device} like init; "
+                    f"{role} {m}, {where}: must be {tuple(a.shape)} on {a.device} like init; "
                     f"got {tuple(b.shape)} on {b.device}"
                 )
             if not (a.is_floating_point() and b.is_floating_point()):
-                raise TypeError(f"policy {m}, {where}: must be floating; got {a.dtype}, {b.dtype}")
+                raise TypeError(f"{role} {m}, {where}: must be floating; got {a.dtype}, {b.dtype}")
         result += [tensor.detach() for tensor in theirs]
     return result
 
 
-def _check_form(m: int, init: Any, policy: Any) -> None:
+def _check_form(which: str, init: Any, policy: Any) -> None:
     for form in (Tensor, Mapping):
         if isinstance(init, form) != isinstance(policy, form):
             raise TypeError(
-                f"policy {m} must have the form of init ({type(init).__name__}); "
+                f"{which} must have the form of init ({type(init).__name__}); "
                 f"got {type(policy).__name__}"
             )
     if isinstance(init, Tensor):
         if init.shape != policy.shape:
             raise ValueError(
-                f"policy {m} must have shape {tuple(init.shape)}; got {tuple(policy.shape)}"
+                f"{which} must have shape {tuple(init.shape)}; got {tuple(policy.shape)}"
             )
     elif isinstance(init, Mapping):
         if init.keys() != policy.keys():
             odd = sorted(init.keys() ^ policy.keys())
-            raise ValueError(f"policy {m} must have the names of init; differing: {odd[:5]}")
+            raise ValueError(f"{which} must have the names of init; differing: {odd[:5]}")
     elif len(init) != len(policy):
-        raise ValueError(f"policy {m} must hold {len(init)} tensors like init; got {len(policy)}")
+        raise ValueError(f"{which} must hold {len(init)} tensors like init; got {len(policy)}")
 
 
-def empty_like(layout: Layout, init: Any) -> Any:
-    """New weights of the form of init; a flat tensor gets its gaps between segments from init."""
+def empty_like(init: Any) -> Any:
+    """New weights of the form of init."""
     if isinstance(init, Tensor):
-        new = torch.empty_like(init)
-        if layout.ranges is not None:
-            ends = [0, *(stop for _, stop in layout.ranges)]
-            starts = [*(start for start, _ in layout.ranges), init.numel()]
-            for end, start in zip(ends, starts, strict=True):
-                new[end:start].copy_(init[end:start])
-        return new
+        return torch.empty_like(init)
     if isinstance(init, Mapping):
         return {key: torch.empty_like(tensor) for key, tensor in init.items()}
     return [torch.empty_like(tensor) for tensor in init]
+
+
+def copy_gaps(layout: Layout, init: Any, result: Any) -> None:
+    """Give the elements of a flat result that are in no segment the value of init."""
+    if layout.ranges is None:
+        return
+    ends = [0, *(stop for _, stop in layout.ranges)]
+    starts = [*(start for start, _ in layout.ranges), init.numel()]
+    for end, start in zip(ends, starts, strict=True):
+        result.detach()[end:start].copy_(init.detach()[end:start])

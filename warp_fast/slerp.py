@@ -161,8 +161,8 @@ def lerp(
 
         out = theta_init + eta * mean_m (theta_m - theta_init)
 
-    Arguments, results and errors are those of `slerp`. Traffic: reads M + 1 weights and writes one
-    per eta; with `return_report` the Gram pass is made as well.
+    Arguments, results and errors are those of `slerp`, but NaN and inf are not looked for. Traffic:
+    reads M + 1 weights and writes one per eta; with `return_report` the Gram pass is made as well.
     """
     return _merge("lerp", init, policies, segments, eta, out, return_report, backend)
 
@@ -196,6 +196,8 @@ def _merge(
     written = [tensor.detach() for result in results for tensor in layout.tensors(result)]
     op = _ops.SLERP_APPLY[resolve("slerp", backend, starts[0].device)]
     op(written, starts, ends, rows, layout.segment)
+    for result in results:
+        _weights.copy_gaps(layout, init, result)
     merged = results if isinstance(eta, Sequence) else results[0]
     return (merged, report) if return_report else merged
 
@@ -209,10 +211,9 @@ def _finite_etas(eta: float | Sequence[float]) -> list[float]:
 
 def _outputs(layout: _weights.Layout, init: Any, out: Any, count: int, listed: bool) -> list[Any]:
     if out is None:
-        return [_weights.empty_like(layout, init) for _ in range(count)]
+        return [_weights.empty_like(init) for _ in range(count)]
     results = list(out) if listed else [out]
     if len(results) != count:
         raise ValueError(f"out must hold one result per eta ({count}); got {len(results)}")
-    for result in results:
-        _weights.matched(layout, init, [result])
+    _weights.matched(layout, init, results, "out")
     return results

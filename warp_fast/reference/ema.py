@@ -7,6 +7,7 @@ from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
+_NAN = 0x7FC00000  # the one NaN that is stored: rounding could carry other payloads into inf or 0
 _CHUNK = 1 << 22  # elements rounded at a time: bounds the int64 scratch of the random bits
 
 
@@ -17,8 +18,11 @@ def join_float32(high: Tensor, residual: Tensor) -> Tensor:
 
 
 def split_float32(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Split fp32 into (bf16 high, int16 residual) without loss; high is rounded to nearest."""
-    bits = value.contiguous().view(torch.int32)
+    """Split fp32 into (bf16 high, int16 residual) without loss; high is rounded to nearest.
+
+    Every NaN becomes the one whose high half is NaN too.
+    """
+    bits = torch.where(value.isnan(), _NAN, value.contiguous().view(torch.int32))
     high = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
     return high, bits.to(torch.int16)
 
@@ -53,9 +57,9 @@ def round_stochastic(value: Tensor, first_index: int, seed: int, step: int) -> T
     """Round flat fp32 to bf16 up or down with probability equal to the distance; unbiased."""
     index = torch.arange(first_index, first_index + value.numel(), device=value.device)
     bits = value.view(torch.int32).to(torch.int64) & _MASK32
-    rounded = (bits + random_bits16(index, seed, step)) >> 16
-    nearest = value.to(torch.bfloat16)
-    return torch.where(value.isfinite(), rounded.to(torch.int16).view(torch.bfloat16), nearest)
+    rounded = torch.where(value.isfinite(), bits + random_bits16(index, seed, step), bits)
+    rounded = torch.where(value.isnan(), _NAN, rounded) >> 16
+    return rounded.to(torch.int16).view(torch.bfloat16)
 
 
 def _update_stochastic_(
