@@ -66,10 +66,10 @@ def problem(
     else:
         leaves = {"hidden": normal(*shape, D), "weight": normal(vocabulary, D, std=1.5)}
     anchor = {k: (v + normal(*v.shape, std=0.1)).to(dtype) for k, v in leaves.items()}
-    # unequal sequences, one of them empty where there are several
     bounds = [min(i * length, batch * length) for i in range(batch + 1)]
     if packed:
-        bounds = [*sorted({0, 1, batch * length}), batch * length]
+        # unequal sequences, one of them empty
+        bounds = [0, 2, 2, batch * length]
         options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     token_ids = torch.randint(0, vocabulary, shape, generator=generator)
     advantages = normal(len(bounds) - 1)
