@@ -32,7 +32,8 @@ def gram_reference(
             piece = slice(at, at + _CHUNK)
             deltas = torch.stack([_delta(end[piece], start[piece]).double() for end in ends])
             gram[segment[t]] += deltas @ deltas.T
-    return gram
+    # a matrix product rounds (i, j) and (j, i) apart
+    return (gram + gram.transpose(1, 2)) / 2
 
 
 def slerp_coefficients_reference(gram: Tensor) -> tuple[Tensor, Tensor]:
