@@ -1,0 +1,246 @@
+"""The loss ops under autograd, torch.library, torch.compile and autocast; where gradients flow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import warp_fast
+from warp_fast import _ops
+from warp_fast._backend import MISSING, SERVED
+from warp_fast.reference import loss as reference
+
+BACKENDS = [name for name in SERVED["loss"]["cpu"] if MISSING[name] is None]
+HEAD = [(1.0, None), (0.7, 3.0)]
+B, T, V, D = 2, 3, 7, 4
+
+served = pytest.mark.parametrize("backend", BACKENDS)
+both = pytest.mark.parametrize("form", ["logits", "linear"])
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, dtype=torch.float64) * std).to(dtype)
+
+
+def inputs(form: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """(what gradients flow to, the anchor by argument name), padded."""
+    if form == "logits":
+        logits = normal(B, T, V, dtype=dtype).requires_grad_()
+        return [logits], {"anchor_logits": normal(B, T, V, dtype=dtype)}
+    hidden = normal(B, T, D, dtype=dtype).requires_grad_()
+    weight = normal(V, D, dtype=dtype).requires_grad_()
+    anchor = {"anchor_hidden": hidden.detach() + 0.1, "anchor_weight": weight.detach() * 0.9}
+    return [hidden, weight], anchor
+
+
+def loss_of(form: str) -> Any:
+    return warp_fast.warp_loss if form == "logits" else warp_fast.linear_warp_loss
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, V, (B, T))
+
+
+@pytest.fixture
+def mask() -> Tensor:
+    return torch.tensor([[1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+
+
+@both
+@pytest.mark.parametrize("temperature, softcap", HEAD)
+@pytest.mark.parametrize("kl", ["none", "k2", "k3", "reverse", "forward"])
+def test_gradcheck(
+    kl: Any, temperature: float, softcap: float | None, form: str, ids: Tensor, mask: Tensor
+) -> None:
+    """Of the losses with constant coefficients; the other backends are held to the reference."""
+    leaves, anchor = inputs(form, torch.float64)
+    advantages = normal(B)
+
+    def outputs(*arguments: Tensor) -> tuple[Tensor, ...]:
+        result = loss_of(form)(
+            *arguments, ids, advantages, **anchor, mask=mask, kl=kl, temperature=temperature,
+            softcap=softcap, return_entropy=True, backend="reference",
+        )  # fmt: skip
+        return result.loss, result.logprobs, result.entropy
+
+    assert torch.autograd.gradcheck(outputs, leaves)
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs"])
+def test_gradcheck_of_logprobs(name: str, ids: Tensor) -> None:
+    leaves, _ = inputs("linear" if name.startswith("linear") else "logits", torch.float64)
+    function = getattr(warp_fast, name)
+    assert torch.autograd.gradcheck(
+        lambda *arguments: function(*arguments, ids, softcap=3.0, return_entropy=True), leaves
+    )
+
+
+@both
+@pytest.mark.parametrize("kl", ["reward", "reverse"])
+def test_many_chunks_are_one(
+    monkeypatch: pytest.MonkeyPatch, kl: str, form: str, ids: Tensor
+) -> None:
+    found = []
+    leaves, anchor = inputs(form)
+    for rows in (1, 2, 100):
+        monkeypatch.setattr(reference, "_CHUNK", rows * V)
+        loss = loss_of(form)(*leaves, ids, torch.ones(B), **anchor, kl=kl, backend="reference").loss
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+def op_arguments(form: str, exact_kl: str) -> tuple[Any, ...]:
+    """Of a statistics op, flat rows."""
+    leaves, anchor = inputs(form)
+    rows = [leaves[0].detach().flatten(0, 1), *leaves[1:]]
+    rows = [row.detach().requires_grad_() for row in rows]
+    first, *rest = anchor.values()
+    ids, mask = torch.randint(0, V, (B * T,)), torch.arange(B * T) % 3 != 1
+    return (*rows, ids, mask, first.flatten(0, 1), *rest, 0.7, 3.0, exact_kl, True)
+
+
+@served
+@both
+@pytest.mark.parametrize("exact_kl", ["", "reverse", "forward"])
+def test_opcheck(exact_kl: str, form: str, backend: str) -> None:
+    ops = _ops.TOKEN_STATS if form == "logits" else _ops.LINEAR_TOKEN_STATS
+    torch.library.opcheck(ops[backend], op_arguments(form, exact_kl))
+
+
+@served
+@both
+@pytest.mark.parametrize("exact_kl", ["", "reverse", "forward"])
+def test_opcheck_of_the_gradient(exact_kl: str, form: str, backend: str) -> None:
+    stem = "token_stats_backward" if form == "logits" else "linear_token_stats_backward"
+    op = getattr(torch.ops.warp_fast, f"{stem}_{backend}").default
+    *tensors, temperature, softcap, kl, _ = op_arguments(form, exact_kl)
+    tensors = [tensor.detach() for tensor in tensors]
+    mask = tensors.pop(2 if form == "logits" else 3)
+    upstream = torch.where(mask[:, None], normal(B * T, 3), 0)
+    for needs in [()] if form == "logits" else [(True, True), (True, False), (False, True)]:
+        torch.library.opcheck(op, (upstream, *tensors, temperature, softcap, kl, *needs))
+
+
+def results(function: Any, arguments: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    """Loss, per-token values and gradients."""
+    result = function(*arguments, **options)
+    leaves = [argument for argument in arguments if argument.requires_grad]
+    gradients = torch.autograd.grad(result.loss + result.entropy.sum(), leaves)
+    return [tensor.detach() for tensor in result] + list(gradients)
+
+
+@served
+@both
+@pytest.mark.parametrize("kl, packed", [("reward_to_go", False), ("reverse", True)])
+def test_compiled_is_eager(kl: str, packed: bool, form: str, backend: str, ids: Tensor) -> None:
+    leaves, anchor = inputs(form)
+    options: dict[str, Any] = {"kl": kl, "return_entropy": True, "backend": backend, **anchor}
+    mask = torch.arange(B * T).view(B, T) % 3 != 1
+    options |= {"mask": mask, "old_logprobs": -torch.rand(B, T) - 1, "clip_range": 0.2}
+    arguments = [*leaves, ids, normal(B)]
+    if packed:
+        arguments[0] = arguments[0].detach().flatten(0, 1).requires_grad_()
+        arguments[-2] = ids.flatten()
+        flat = {"mask", "old_logprobs", "anchor_logits", "anchor_hidden"} & options.keys()
+        options |= {name: options[name].flatten(0, 1) for name in flat}
+        options["cu_seqlens"] = torch.tensor([0, 2, B * T])
+    torch.compiler.reset()
+    compiled = torch.compile(loss_of(form), fullgraph=True, backend="aot_eager")
+    found = results(compiled, arguments, options)
+    for a, b in zip(found, results(loss_of(form), arguments, options), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@served
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype: torch.dtype, backend: str, ids: Tensor) -> None:
+    """Not even the products of the head, which must stay in fp32."""
+    leaves, anchor = inputs("linear")
+    options = {**anchor, "kl": "reverse", "return_entropy": True, "backend": backend}
+    arguments = [*leaves, ids, normal(B)]
+    expected = results(warp_fast.linear_warp_loss, arguments, options)
+    with torch.autocast("cpu", dtype):
+        found = results(warp_fast.linear_warp_loss, arguments, options)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@served
+@both
+@pytest.mark.parametrize("kl", ["reward", "reverse", "forward"])
+def test_gradients_flow_to_the_policy_alone(
+    kl: str, form: str, backend: str, ids: Tensor, mask: Tensor
+) -> None:
+    leaves, anchor = inputs(form)
+    others = {k: v.requires_grad_() for k, v in anchor.items()}
+    others["old_logprobs"] = (-torch.rand(B, T)).requires_grad_()
+    advantages = normal(B).requires_grad_()
+    normalizer = torch.tensor(3.0, requires_grad=True)
+    loss_of(form)(
+        *leaves, ids, advantages, **others, mask=mask, kl=kl, normalizer=normalizer, backend=backend
+    ).loss.backward()
+    for leaf in leaves:
+        assert leaf.grad is not None and leaf.grad.any()
+    for other in (*others.values(), advantages, normalizer):
+        assert other.grad is None
+
+
+@served
+@pytest.mark.parametrize("kl", ["reward", "k2"])
+def test_anchor_logprobs_receive_no_gradient(kl: Any, backend: str, ids: Tensor) -> None:
+    (logits,), _ = inputs("logits")
+    anchor = (-torch.rand(B, T)).requires_grad_()
+    result = warp_fast.warp_loss(
+        logits, ids, normal(B), anchor_logprobs=anchor, kl=kl, backend=backend
+    )
+    torch.autograd.backward(result.loss)
+    assert anchor.grad is None and not result.anchor_logprobs.requires_grad
+
+
+# torch leaves the methods of this class untyped
+class BackwardSizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records how many numbers each linear backward op returns, for hidden and for weight."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if "linear_token_stats_backward" in str(func):
+            self.seen.append((found[0].numel(), found[1].numel()))
+        return found
+
+
+@served
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_gradient_of_a_frozen_input_is_not_computed(frozen: str, backend: str, ids: Tensor) -> None:
+    (hidden, weight), anchor = inputs("linear")
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    loss = loss_of("linear")(hidden, weight, ids, normal(B), **anchor, backend=backend).loss
+    with BackwardSizes() as sizes:
+        torch.autograd.backward(loss)
+    assert sizes.seen == [(0, V * D) if frozen == "hidden" else (B * T * D, 0)]
+    assert (hidden.grad is None, weight.grad is None) == (frozen == "hidden", frozen == "weight")
+
+
+@served
+@pytest.mark.parametrize("kl", ["reward", "reverse", "forward"])
+def test_anchor_without_a_weight_has_the_policys_detached(
+    kl: str, backend: str, ids: Tensor
+) -> None:
+    leaves, anchor = inputs("linear")
+    options = {"kl": kl, "return_entropy": True, "backend": backend}
+    options["anchor_hidden"] = anchor["anchor_hidden"]
+    arguments = [*leaves, ids, normal(B)]
+    found = results(warp_fast.linear_warp_loss, arguments, options)
+    options["anchor_weight"] = leaves[1].detach().clone()
+    expected = results(warp_fast.linear_warp_loss, arguments, options)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
