@@ -2,13 +2,11 @@
 //
 // Bitwise equal to the reference: no fused multiply-add, the same branch at one half, the same
 // rounding and the same random bits.
-#include "cuda_ops.h"
+#include "cuda.h"
 #include "table.cuh"
 
 namespace warp_fast {
 namespace {
-
-enum Storage : int { kFull = 0, kSplit = 1, kStochastic = 2 };
 
 constexpr int kThreads = 256;
 

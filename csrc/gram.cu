@@ -1,7 +1,7 @@
 // The Gram matrices of task vectors in CUDA: one launch over all tensors, then one over all segments.
 //
 // fp64 sums of exact products, in a fixed order, without atomics.
-#include "cuda_ops.h"
+#include "cuda.h"
 #include "table.cuh"
 #include "weights.cuh"
 

@@ -1,5 +1,5 @@
 // The apply pass of SLERP in CUDA: any number of merged models in one launch over all tensors.
-#include "cuda_ops.h"
+#include "cuda.h"
 #include "table.cuh"
 #include "weights.cuh"
 

@@ -12,9 +12,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace warp_fast {
+#include "codes.h"
 
-enum Code : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kFp64 = 3, kInt16 = 4 };
+namespace warp_fast {
 
 constexpr int kHead = 3;
 

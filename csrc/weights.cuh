@@ -4,7 +4,7 @@
 // 4-byte dtypes, and single elements of any dtype and alignment.
 #pragma once
 
-#include "cuda_ops.h"
+#include "cuda.h"
 #include "table.cuh"
 
 namespace warp_fast {

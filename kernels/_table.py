@@ -182,3 +182,24 @@ def by_column(init: list[Tensor], others: list[Tensor]) -> list[list[Tensor]]:
 def by_segment(segment: list[int]) -> list[int]:
     """Tensor numbers ordered by segment, so that the chunks of a segment are neighbours."""
     return sorted(range(len(segment)), key=segment.__getitem__)
+
+
+def gram_launches(
+    columns: Sequence[Sequence[Tensor]], chunk: int, segment: list[int], count: int
+) -> tuple[list[Launch], Tensor, int]:
+    """(launches, [count + 1] rows at which each segment begins, number of rows) of a Gram pass."""
+    entries = entries_of(columns, chunk, by_segment(segment))
+    in_segment = [0] * (count + 1)
+    for entry in entries:
+        in_segment[segment[entry.tensor] + 1] += entry.blocks
+    bounds = torch.tensor(in_segment).cumsum(0)
+    launches = launches_of(columns, entries, lambda entry: entry.row)
+    return launches, bounds.to(columns[0][0].device), int(bounds[-1])
+
+
+def alike(results: Sequence[list[Tensor]]) -> list[tuple[list[int], list[list[Tensor]]]]:
+    """Rows of outputs grouped by their dtypes: (row numbers, their tensors)."""
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for k, result in enumerate(results):
+        groups.setdefault(tuple([x.dtype for x in result]), []).append(k)
+    return [(rows, [results[k] for k in rows]) for rows in groups.values()]

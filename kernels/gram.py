@@ -17,9 +17,7 @@ from warp_fast.kernels._table import (
     Launch,
     TableCache,
     by_column,
-    by_segment,
-    entries_of,
-    launches_of,
+    gram_launches,
     on_device,
     packed,
 )
@@ -168,13 +166,7 @@ def gram_triton(
     columns = by_column(init, policies)
 
     def build() -> tuple[list[Launch], Tensor, int]:
-        entries = entries_of(columns, chunk, by_segment(segment))
-        in_segment = [0] * (count + 1)
-        for entry in entries:
-            in_segment[segment[entry.tensor] + 1] += entry.blocks
-        bounds = torch.tensor(in_segment).cumsum(0)
-        launches = launches_of(columns, entries, lambda entry: entry.row)
-        return launches, bounds.to(init[0].device), int(bounds[-1])
+        return gram_launches(columns, chunk, segment, count)
 
     with on_device(init[0]):
         launches, bounds, rows = _tables.get(columns, (tuple(segment), count), build)

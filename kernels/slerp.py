@@ -14,6 +14,7 @@ from warp_fast.kernels._common import HEAD, deltas_of, entry_size, pointers, rou
 from warp_fast.kernels._table import (
     Launch,
     TableCache,
+    alike,
     by_column,
     by_segment,
     copied_back,
@@ -83,14 +84,10 @@ def slerp_apply_triton_(
     Rows whose outputs differ in dtype take a pass each.
     """
     written = [x.contiguous() for x in out]
-    results = by_column(init, written)[1:]
     read = by_column(init, policies)
-    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for k, result in enumerate(results):
-        alike.setdefault(tuple([x.dtype for x in result]), []).append(k)
     with on_device(init[0]):
-        for rows in alike.values():
-            _apply(read, [results[k] for k in rows], coefficients[rows], segment)
+        for rows, results in alike(by_column(init, written)[1:]):
+            _apply(read, results, coefficients[rows], segment)
     copied_back(out, written)
 
 

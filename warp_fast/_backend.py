@@ -18,16 +18,17 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 # op -> device type -> backends that implement it, best first
 SERVED: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {"cpu": ("reference",), "cuda": ("reference",)},
-    "ema": {"cpu": ("reference",), "cuda": ("reference",)},
-    "slerp": {"cpu": ("reference",), "cuda": ("reference",)},
+    "ema": {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
+    "slerp": {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
 }
 
 # the interpreter of Triton runs its kernels on CPU tensors, and only there; slow, so last
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_DEVICE = "cpu" if INTERPRETED else "cuda"
-for _served in (SERVED["ema"], SERVED["slerp"]):
-    _rest = _served[TRITON_DEVICE]
-    _served[TRITON_DEVICE] = (*_rest, "triton") if INTERPRETED else ("triton", *_rest)
+if INTERPRETED:
+    for _served in (SERVED["ema"], SERVED["slerp"]):
+        _served["cpu"] = (*_served["cpu"], "triton")
+        _served["cuda"] = tuple(name for name in _served["cuda"] if name != "triton")
 
 
 def _missing_extension() -> str | None:

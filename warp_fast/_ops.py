@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from warp_fast._backend import TRITON_DEVICE
+from warp_fast.native import ema as native_ema
+from warp_fast.native import slerp as native_slerp
 from warp_fast.reference import ema as reference_ema
 from warp_fast.reference import loss as reference_loss
 from warp_fast.reference import slerp as reference_slerp
@@ -109,6 +111,16 @@ EMA_UPDATE = {
         _no_result,
         TRITON_DEVICE,
     ),
+    "cpp": _define(
+        "ema_update_cpp_", _EMA_SCHEMA, _checked_ema(native_ema.ema_update_cpp_), _no_result, "cpu"
+    ),
+    "cuda": _define(
+        "ema_update_cuda_",
+        _EMA_SCHEMA,
+        _checked_ema(native_ema.ema_update_cuda_),
+        _no_result,
+        "cuda",
+    ),
 }
 
 # --- slerp -------------------------------------------------------------------------------------
@@ -168,6 +180,8 @@ GRAM = {
     "triton": _define(
         "gram_triton", _GRAM_SCHEMA, _triton("gram", "gram_triton"), _fake_gram, TRITON_DEVICE
     ),
+    "cpp": _define("gram_cpp", _GRAM_SCHEMA, native_slerp.gram_cpp, _fake_gram, "cpu"),
+    "cuda": _define("gram_cuda", _GRAM_SCHEMA, native_slerp.gram_cuda, _fake_gram, "cuda"),
 }
 SLERP_APPLY = {
     "reference": _define(
@@ -182,6 +196,20 @@ SLERP_APPLY = {
         _checked_apply(_triton("slerp", "slerp_apply_triton_")),
         _no_result,
         TRITON_DEVICE,
+    ),
+    "cpp": _define(
+        "slerp_apply_cpp_",
+        _APPLY_SCHEMA,
+        _checked_apply(native_slerp.slerp_apply_cpp_),
+        _no_result,
+        "cpu",
+    ),
+    "cuda": _define(
+        "slerp_apply_cuda_",
+        _APPLY_SCHEMA,
+        _checked_apply(native_slerp.slerp_apply_cuda_),
+        _no_result,
+        "cuda",
     ),
 }
 

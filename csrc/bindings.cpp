@@ -1,0 +1,174 @@
+// warp_fast._C: the compiled kernels, over addresses, sizes and dtype codes of tensors that torch
+// owns. The launchers in warp_fast/native/ are its only callers and check what they pass.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu.h"
+#ifdef WARP_FAST_HAS_CUDA
+#include "cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace warp_fast {
+namespace {
+
+using Addresses = std::vector<uintptr_t>;
+using Sizes = std::vector<int64_t>;
+using Codes = std::vector<int>;
+
+constexpr int64_t kStreamed = 4 << 20;  // elements; fewer may still be in cache for who reads them
+
+bool has_avx2() {
+#ifdef WARP_FAST_HAS_AVX2
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return false;
+#endif
+}
+
+#ifdef WARP_FAST_HAS_AVX2
+#define WARP_FAST_DISPATCH(kernel, call) has_avx2() ? avx2::kernel(call) : baseline::kernel(call)
+#else
+#define WARP_FAST_DISPATCH(kernel, call) baseline::kernel(call)
+#endif
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+void ema_update(const Addresses& ema, const Addresses& params, const Addresses& residual,
+                const Sizes& size, const Codes& ema_code, const Codes& param_code,
+                const Sizes& first_index, int storage, double rate, uint32_t key_in,
+                uint32_t key_out, int threads) {
+    std::vector<EmaEntry> entries;
+    int64_t chunks = 0;
+    for (size_t t = 0; t < ema.size(); ++t) {
+        void* low = storage == kSplit ? pointer(residual[t]) : nullptr;
+        entries.push_back({pointer(ema[t]), pointer(params[t]), low, size[t], first_index[t],
+                           chunks, ema_code[t], param_code[t]});
+        chunks += (size[t] + kEmaChunk - 1) / kEmaChunk;
+    }
+    const int used = static_cast<int>(std::clamp<int64_t>(chunks, 1, threads));
+    const EmaCall call{entries.data(), static_cast<int64_t>(entries.size()), chunks,
+                       static_cast<Storage>(storage), rate, key_in, key_out, used};
+    WARP_FAST_DISPATCH(ema, call);
+}
+
+// the tensors of a merge as entries; address and code hold all columns of one tensor after another
+struct Merge {
+    std::vector<void*> address;
+    std::vector<MergeEntry> entries;
+    MergeCall call;
+
+    Merge(const Addresses& addresses, const Codes& codes, const Sizes& size, const Sizes& segment,
+          int policies, int64_t rows, int threads) {
+        const size_t columns = 1 + policies + rows;
+        int64_t chunks = 0, elements = 0;
+        for (uintptr_t each : addresses) address.push_back(pointer(each));
+        for (size_t t = 0; t < size.size(); ++t) {
+            const uintptr_t* first = addresses.data() + t * columns;
+            const uintptr_t* outs = first + 1 + policies;
+            // what is written in place is in cache already
+            const bool stream = std::all_of(outs, first + columns, [&](uintptr_t out) {
+                return out % 16 == 0 && out != first[0];
+            });
+            entries.push_back({address.data() + t * columns, codes.data() + t * columns, size[t],
+                               segment[t], chunks, stream});
+            chunks += (size[t] + kMergeChunk - 1) / kMergeChunk;
+            elements += size[t];
+        }
+        for (MergeEntry& entry : entries) entry.stream &= elements >= kStreamed;
+        const int used = static_cast<int>(std::clamp<int64_t>(chunks, 1, threads));
+        call = {entries.data(), static_cast<int64_t>(entries.size()), chunks, policies, rows,
+                0, nullptr, nullptr, used};
+    }
+};
+
+void gram(const Addresses& addresses, const Codes& codes, const Sizes& size, const Sizes& segment,
+          int policies, uintptr_t gram_address, int threads) {
+    Merge merge(addresses, codes, size, segment, policies, 0, threads);
+    const int width = policies * (policies + 1) / 2;
+    std::vector<double> partial(merge.call.chunks * width);
+    merge.call.partial = partial.data();
+    WARP_FAST_DISPATCH(gram, merge.call);
+    double* grams = static_cast<double*>(pointer(gram_address));
+    for (size_t t = 0; t < size.size(); ++t) {
+        double* found = grams + segment[t] * policies * policies;
+        const int64_t first = merge.entries[t].first_chunk;
+        for (int64_t chunk = first; chunk * kMergeChunk < first * kMergeChunk + size[t]; ++chunk) {
+            const double* row = partial.data() + chunk * width;
+            for (int i = 0; i < policies; ++i) {
+                for (int j = i; j < policies; ++j, ++row) found[i * policies + j] += *row;
+            }
+        }
+    }
+    const int64_t cells = *std::max_element(segment.begin(), segment.end()) + 1;
+    for (int64_t s = 0; s < cells; ++s) {
+        double* found = grams + s * policies * policies;
+        for (int i = 0; i < policies; ++i) {
+            for (int j = 0; j < i; ++j) found[i * policies + j] = found[j * policies + i];
+        }
+    }
+}
+
+void slerp_apply(const Addresses& addresses, const Codes& codes, const Sizes& size,
+                 const Sizes& segment, int policies, int64_t rows, int64_t segments,
+                 uintptr_t coefficients, int threads) {
+    Merge merge(addresses, codes, size, segment, policies, rows, threads);
+    merge.call.segments = segments;
+    merge.call.coefficients = static_cast<const double*>(pointer(coefficients));
+    WARP_FAST_DISPATCH(apply, merge.call);
+}
+
+}  // namespace
+}  // namespace warp_fast
+
+PYBIND11_MODULE(_C, m) {
+    using namespace warp_fast;
+    m.doc() = "Compiled kernels of warp_fast; called through warp_fast.native";
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def("ema_update", &ema_update, unlocked);
+    m.def("gram", &gram, unlocked);
+    m.def("slerp_apply", &slerp_apply, unlocked);
+    m.attr("instructions") = has_avx2() ? "avx2" : "baseline";
+#ifdef WARP_FAST_HAS_CUDA
+    m.attr("has_cuda") = true;
+    m.attr("EMA_BLOCK") = kEmaBlock;
+    m.attr("GRAM_CHUNK") = kGramChunk;
+    m.attr("APPLY_BLOCK") = kApplyBlock;
+    m.def("ema_update_cuda", [](uintptr_t table, uintptr_t block_entry, int64_t blocks, int storage,
+                                int ema_code, int param_code, bool aligned, double rate,
+                                uintptr_t device_rate, int rate_code, uint32_t key_in,
+                                uint32_t key_out, uintptr_t stream) {
+        ema_update_cuda(static_cast<const int64_t*>(pointer(table)),
+                        static_cast<const int32_t*>(pointer(block_entry)), blocks, storage,
+                        ema_code, param_code, aligned, rate, pointer(device_rate), rate_code,
+                        key_in, key_out, pointer(stream));
+    });
+    m.def("gram_cuda", [](uintptr_t table, uintptr_t block_entry, int64_t blocks, int policies,
+                          uint64_t codes, bool aligned, uintptr_t partial, uintptr_t stream) {
+        gram_cuda(static_cast<const int64_t*>(pointer(table)),
+                  static_cast<const int32_t*>(pointer(block_entry)), blocks, policies, codes,
+                  aligned, static_cast<double*>(pointer(partial)), pointer(stream));
+    });
+    m.def("gram_sum_cuda", [](uintptr_t partial, uintptr_t bounds, uintptr_t gram, int64_t segments,
+                              int policies, uintptr_t stream) {
+        gram_sum_cuda(static_cast<const double*>(pointer(partial)),
+                      static_cast<const int64_t*>(pointer(bounds)),
+                      static_cast<double*>(pointer(gram)), segments, policies, pointer(stream));
+    });
+    m.def("slerp_apply_cuda", [](uintptr_t table, uintptr_t block_entry, int64_t blocks,
+                                 int policies, int64_t rows, int64_t segments, uint64_t codes,
+                                 int out_code, bool aligned, uintptr_t coefficients,
+                                 uintptr_t stream) {
+        slerp_apply_cuda(static_cast<const int64_t*>(pointer(table)),
+                         static_cast<const int32_t*>(pointer(block_entry)), blocks, policies, rows,
+                         segments, codes, out_code, aligned,
+                         static_cast<const double*>(pointer(coefficients)), pointer(stream));
+    });
+#else
+    m.attr("has_cuda") = false;
+#endif
+}

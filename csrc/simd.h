@@ -1,0 +1,189 @@
+// Eight lanes at a time, in vector types that every compiler lowers to what the machine has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "codes.h"
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#define WARP_FAST_INLINE inline __attribute__((always_inline))
+
+namespace warp_fast {
+namespace {
+
+constexpr int kLanes = 8;
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef double f64x8 __attribute__((vector_size(64)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint64_t u64x8 __attribute__((vector_size(64)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+
+template <class To, class From>
+WARP_FAST_INLINE To bit_cast(const From& from) {
+    To to;
+    static_assert(sizeof(to) == sizeof(from), "a bit cast keeps the size");
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+template <int CODE>
+constexpr int kBytes = CODE == kFp64 ? 8 : CODE == kFp32 ? 4 : 2;
+
+template <int CODE>
+WARP_FAST_INLINE char* place(void* base, int64_t at) {
+    return static_cast<char*>(base) + at * kBytes<CODE>;
+}
+
+template <int CODE>
+WARP_FAST_INLINE const char* place(const void* base, int64_t at) {
+    return static_cast<const char*>(base) + at * kBytes<CODE>;
+}
+
+// `lanes` elements, the rest 0; whole vectors are one load
+template <class Vector>
+WARP_FAST_INLINE Vector load_lanes(const char* from, int64_t lanes) {
+    Vector found = {};
+    std::memcpy(&found, from, lanes == kLanes ? sizeof(found) : lanes * (sizeof(found) / kLanes));
+    return found;
+}
+
+template <class Vector>
+WARP_FAST_INLINE void store_lanes(char* to, const Vector& value, int64_t lanes) {
+    std::memcpy(to, &value, lanes == kLanes ? sizeof(value) : lanes * (sizeof(value) / kLanes));
+}
+
+WARP_FAST_INLINE f32x8 from_bf16(u16x8 half) {
+    return bit_cast<f32x8>(__builtin_convertvector(half, u32x8) << 16);
+}
+
+WARP_FAST_INLINE f32x8 from_fp16(u16x8 half) {
+    const u32x8 bits = __builtin_convertvector(half, u32x8);
+    const u32x8 magnitude = (bits & 0x7FFF) << 13;
+    // rebias by a product, which is right for subnormals as well
+    u32x8 value = bit_cast<u32x8>(bit_cast<f32x8>(magnitude) * 0x1p112f);
+    value |= bit_cast<u32x8>(magnitude >= 0x0F800000) & 0x7F800000;
+    return bit_cast<f32x8>(value | (bits & 0x8000) << 16);
+}
+
+// nearest, ties to even; every NaN becomes 0x7FC0
+WARP_FAST_INLINE u16x8 to_bf16(f32x8 value) {
+    const u32x8 bits = bit_cast<u32x8>(value);
+    const u32x8 near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const u32x8 nan = bit_cast<u32x8>(value != value);
+    return __builtin_convertvector((near & ~nan) | (nan & 0x7FC0), u16x8);
+}
+
+WARP_FAST_INLINE u16x8 to_fp16(f32x8 value) {
+    const u32x8 bits = bit_cast<u32x8>(value);
+    const u32x8 magnitude = bits & 0x7FFFFFFF;
+    const u32x8 normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+    // below the smallest normal a sum with 0.5 leaves the rounded fraction in the low bits
+    const u32x8 small = bit_cast<u32x8>(bit_cast<f32x8>(magnitude) + 0.5f) - 0x3F000000u;
+    const u32x8 is_small = bit_cast<u32x8>(magnitude < 0x38800000);
+    const u32x8 is_large = bit_cast<u32x8>(magnitude >= 0x47800000);
+    const u32x8 is_nan = bit_cast<u32x8>(magnitude > 0x7F800000);
+    u32x8 half = (small & is_small) | (normal & ~is_small);
+    half = (half & ~is_large) | (is_large & 0x7C00) | (is_nan & 0x200);
+    return __builtin_convertvector(half | (bits >> 16 & 0x8000), u16x8);
+}
+
+template <int CODE>
+WARP_FAST_INLINE f32x8 load(const void* base, int64_t at, int64_t lanes) {
+    const char* from = place<CODE>(base, at);
+    if constexpr (CODE == kFp32) return load_lanes<f32x8>(from, lanes);
+    const u16x8 half = load_lanes<u16x8>(from, lanes);
+    return CODE == kBf16 ? from_bf16(half) : from_fp16(half);
+}
+
+// store around the cache; the address is a multiple of 16
+template <class Vector>
+WARP_FAST_INLINE void stream_lanes(char* to, const Vector& value) {
+#ifdef __SSE2__
+    __m128i part[sizeof(value) / 16];
+    std::memcpy(part, &value, sizeof(value));
+    for (size_t i = 0; i < sizeof(value) / 16; ++i) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, part[i]);
+    }
+#else
+    std::memcpy(to, &value, sizeof(value));
+#endif
+}
+
+// what was streamed is visible to whoever waits for this thread
+WARP_FAST_INLINE void finish_streams() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+template <int CODE>
+WARP_FAST_INLINE void store(void* base, int64_t at, f32x8 value, int64_t lanes, bool stream) {
+    char* to = place<CODE>(base, at);
+    if constexpr (CODE == kFp32) {
+        stream && lanes == kLanes ? stream_lanes(to, value) : store_lanes(to, value, lanes);
+    } else {
+        const u16x8 half = CODE == kBf16 ? to_bf16(value) : to_fp16(value);
+        stream && lanes == kLanes ? stream_lanes(to, half) : store_lanes(to, half, lanes);
+    }
+}
+
+WARP_FAST_INLINE double load_any(const void* base, int64_t at, int code) {
+    double wide;
+    switch (code) {
+        case kFp64:
+            std::memcpy(&wide, place<kFp64>(base, at), sizeof(wide));
+            return wide;
+        case kFp32:
+            return load<kFp32>(base, at, 1)[0];
+        case kFp16:
+            return load<kFp16>(base, at, 1)[0];
+        default:
+            return load<kBf16>(base, at, 1)[0];
+    }
+}
+
+WARP_FAST_INLINE void store_any(void* base, int64_t at, int code, double value) {
+    const f32x8 narrow = {static_cast<float>(value)};
+    switch (code) {
+        case kFp64:
+            std::memcpy(place<kFp64>(base, at), &value, sizeof(value));
+            break;
+        case kFp32:
+            store<kFp32>(base, at, narrow, 1, false);
+            break;
+        case kFp16:
+            store<kFp16>(base, at, narrow, 1, false);
+            break;
+        default:
+            store<kBf16>(base, at, narrow, 1, false);
+    }
+}
+
+// body(entry, begin, end, chunk) for every chunk; each thread takes neighbours, last first if asked
+template <class Entry, class Body>
+void for_each_chunk(const Entry* entries, int64_t count, int64_t chunks, int64_t chunk_size,
+                    int threads, bool backward, Body body) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int part = 0; part < threads; ++part) {
+        const int64_t first = chunks * part / threads, last = chunks * (part + 1) / threads;
+        int64_t e = backward ? count - 1 : 0;
+        for (int64_t turn = first; turn < last; ++turn) {
+            const int64_t chunk = backward ? first + last - 1 - turn : turn;
+            while (entries[e].first_chunk > chunk) --e;
+            while (e + 1 < count && entries[e + 1].first_chunk <= chunk) ++e;
+            const int64_t begin = (chunk - entries[e].first_chunk) * chunk_size;
+            const int64_t end = begin + chunk_size;
+            body(entries[e], begin, end < entries[e].size ? end : entries[e].size, chunk);
+        }
+        finish_streams();
+    }
+}
+
+}  // namespace
+}  // namespace warp_fast

@@ -1,0 +1,102 @@
+// The apply pass of SLERP on CPU: out_k = init + sum_m coefficients[k, s, m] * (policy_m - init).
+//
+// Last chunk first: what the Gram pass read last is still in cache. Rounded where the reference
+// rounds.
+#include "weights.h"
+
+namespace warp_fast {
+namespace {
+
+constexpr int kMostFused = 16;  // task vectors of one vector of lanes held at a time
+
+// M: the number of policies, or 0 for any up to kMostFused.
+template <int CODE, int M>
+WARP_FAST_INLINE void merge(const MergeEntry& entry, int64_t at, int64_t lanes,
+                            const MergeCall& call) {
+    const int policies = M > 0 ? M : call.policies;
+    const f32x8 start = load_column<CODE>(entry, 0, at, lanes);
+    f32x8 delta[M > 0 ? M : kMostFused];
+    for (int m = 0; m < policies; ++m) {
+        delta[m] = load_column<CODE>(entry, 1 + m, at, lanes) - start;
+    }
+    const double* weight = call.coefficients + entry.segment * policies;
+    for (int64_t k = 0; k < call.rows; ++k, weight += call.segments * policies) {
+        f32x8 sum = start;
+        for (int m = 0; m < policies; ++m) sum += static_cast<float>(weight[m]) * delta[m];
+        store_column<CODE>(entry, 1 + policies + k, at, sum, lanes);
+    }
+}
+
+template <int CODE, int M>
+void merge_chunk(const MergeEntry& entry, int64_t begin, int64_t end, const MergeCall& call) {
+    int64_t at = begin;
+    for (; at + kLanes <= end; at += kLanes) merge<CODE, M>(entry, at, kLanes, call);
+    if (at < end) merge<CODE, M>(entry, at, end - at, call);
+}
+
+template <int CODE>
+void merge_any(const MergeEntry& entry, int64_t begin, int64_t end, const MergeCall& call) {
+    switch (call.policies) {
+        case 1:
+            return merge_chunk<CODE, 1>(entry, begin, end, call);
+        case 2:
+            return merge_chunk<CODE, 2>(entry, begin, end, call);
+        case 3:
+            return merge_chunk<CODE, 3>(entry, begin, end, call);
+        case 5:
+            return merge_chunk<CODE, 5>(entry, begin, end, call);
+        default:
+            return merge_chunk<CODE, 0>(entry, begin, end, call);
+    }
+}
+
+// one element at a time, in fp64 from the first fp64 task vector on, for any number of policies
+void merge_wide(const MergeEntry& entry, int64_t begin, int64_t end, const MergeCall& call) {
+    const int policies = call.policies;
+    for (int64_t at = begin; at < end; ++at) {
+        const double start = load_any(entry.address[0], at, entry.code[0]);
+        for (int64_t k = 0; k < call.rows; ++k) {
+            const double* weight =
+                call.coefficients + (k * call.segments + entry.segment) * policies;
+            bool wide = entry.code[0] == kFp64;
+            double sum = start;
+            for (int m = 0; m < policies; ++m) {
+                const int code = entry.code[1 + m];
+                const double value = load_any(entry.address[1 + m], at, code);
+                if (entry.code[0] == kFp64 || code == kFp64) {
+                    wide = true;
+                    sum += weight[m] * (value - start);
+                    continue;
+                }
+                const float delta = static_cast<float>(value) - static_cast<float>(start);
+                const float product = static_cast<float>(weight[m]) * delta;
+                sum = wide ? sum + product : static_cast<double>(static_cast<float>(sum) + product);
+            }
+            const int64_t out = 1 + policies + k;
+            store_any(entry.address[out], at, entry.code[out], sum);
+        }
+    }
+}
+
+}  // namespace
+
+namespace WARP_FAST_ISA {
+
+void apply(const MergeCall& call) {
+    const auto body = [&](const MergeEntry& entry, int64_t begin, int64_t end, int64_t) {
+        const int code = common_code(entry, 1 + call.policies + call.rows);
+        if (code == kWide || call.policies > kMostFused) return merge_wide(entry, begin, end, call);
+        switch (code) {
+            case kBf16:
+                return merge_any<kBf16>(entry, begin, end, call);
+            case kFp32:
+                return merge_any<kFp32>(entry, begin, end, call);
+            default:
+                return merge_any<kMixed>(entry, begin, end, call);
+        }
+    };
+    for_each_chunk(call.entries, call.count, call.chunks, kMergeChunk, call.threads, true, body);
+}
+
+}  // namespace WARP_FAST_ISA
+}  // namespace warp_fast

@@ -1,0 +1,53 @@
+// How the passes over policies and their common init read and write weights of mixed dtypes.
+#pragma once
+
+#include "cpu.h"
+#include "simd.h"
+
+namespace warp_fast {
+namespace {
+
+constexpr int kMixed = -1;  // 2- and 4-byte dtypes together
+constexpr int kWide = -2;   // fp64 among them: one element at a time
+
+inline int common_code(const MergeEntry& entry, int64_t columns) {
+    int common = entry.code[0];
+    for (int64_t c = 0; c < columns; ++c) {
+        if (entry.code[c] == kFp64) return kWide;
+        if (entry.code[c] != common) common = kMixed;
+    }
+    return common;
+}
+
+// CODE: the dtype of all columns, or kMixed
+template <int CODE>
+WARP_FAST_INLINE f32x8 load_column(const MergeEntry& entry, int64_t c, int64_t at, int64_t lanes) {
+    const void* base = entry.address[c];
+    if constexpr (CODE >= 0) return load<CODE>(base, at, lanes);
+    switch (entry.code[c]) {
+        case kFp32:
+            return load<kFp32>(base, at, lanes);
+        case kFp16:
+            return load<kFp16>(base, at, lanes);
+        default:
+            return load<kBf16>(base, at, lanes);
+    }
+}
+
+template <int CODE>
+WARP_FAST_INLINE void store_column(const MergeEntry& entry, int64_t c, int64_t at, f32x8 value,
+                                   int64_t lanes) {
+    void* base = entry.address[c];
+    if constexpr (CODE >= 0) return store<CODE>(base, at, value, lanes, entry.stream);
+    switch (entry.code[c]) {
+        case kFp32:
+            return store<kFp32>(base, at, value, lanes, entry.stream);
+        case kFp16:
+            return store<kFp16>(base, at, value, lanes, entry.stream);
+        default:
+            return store<kBf16>(base, at, value, lanes, entry.stream);
+    }
+}
+
+}  // namespace
+}  // namespace warp_fast

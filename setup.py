@@ -1,0 +1,63 @@
+"""Build warp_fast._C with ninja: C++ always, CUDA where nvcc is; what cannot be built is left out.
+
+WARP_FAST_CUDA_ARCHS names the CUDA targets ("90a 100", or "none"); by default those of the GPUs
+that are present, else all.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+OPS = ("ema", "gram", "slerp")
+
+
+def cuda_archs() -> str:
+    asked = os.environ.get("WARP_FAST_CUDA_ARCHS", "")
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if not asked and shutil.which(query[0]):
+        found = subprocess.run(query, capture_output=True, text=True).stdout.replace(".", "")
+        asked = " ".join("90a" if arch == "90" else arch for arch in sorted(set(found.split())))
+    absent = asked == "none" or shutil.which("nvcc") is None
+    return "" if absent else asked or "80 86 89 90a 100 120"
+
+
+def ninja_file(target: str, archs: str) -> str:
+    """The variables of csrc/*.ninja, and which of these files to read."""
+    x86 = platform.machine() == "x86_64"
+    parts = ["cpu"] + ["avx2"] * x86 + ["cuda"] * bool(archs)
+    objects = " ".join(["bindings.o", *(f"{op}.{part}.o" for op in OPS for part in parts)])
+    return f"""src = {ROOT}/csrc
+cxx = {os.environ.get("CXX", "c++")}
+defines = {"-DWARP_FAST_HAS_AVX2" * x86}
+cuda = {"-DWARP_FAST_HAS_CUDA" * bool(archs)}
+headers = -isystem {sysconfig.get_path("include")} -isystem {pybind11.get_include()}
+gencode = {" ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs.split())}
+{chr(10).join(f"include $src/{part}.ninja" for part in parts)}
+build {target}: {"link_cuda" if archs else "link"} {objects}
+"""
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        scratch = ROOT / "build" / "ninja"
+        scratch.mkdir(parents=True, exist_ok=True)
+        for archs in dict.fromkeys([cuda_archs(), ""]):
+            text = ninja_file(os.path.abspath(self.get_ext_fullpath(ext.name)), archs)
+            (scratch / "build.ninja").write_text(text)
+            if not subprocess.run([sys.executable, "-m", "ninja", "-C", scratch]).returncode:
+                return
+        raise CompileError("warp_fast._C was not built; `warp-fast doctor` says what is missing")
+
+
+kernels = Extension("warp_fast._C", [], optional=True)
+setup(ext_modules=[kernels], cmdclass={"build_ext": NinjaBuild})

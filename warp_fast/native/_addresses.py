@@ -1,0 +1,36 @@
+"""How the launchers hand tensors to warp_fast._C: contiguous, as addresses and dtype codes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# the numbers of csrc/codes.h
+CODE = {
+    torch.bfloat16: 0,
+    torch.float16: 1,
+    torch.float32: 2,
+    torch.float64: 3,
+    torch.int16: 4,
+}
+
+
+def extension() -> Any:
+    """The compiled module; `_backend.MISSING` says why where it cannot be imported."""
+    return importlib.import_module("warp_fast._C")
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def codes(tensors: Sequence[Tensor]) -> list[int]:
+    return [CODE[tensor.dtype] for tensor in tensors]
+
+
+def sizes(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.numel() for tensor in tensors]

@@ -1,0 +1,154 @@
+"""The Gram and apply passes of warp_fast._C, on CPU and on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from warp_fast.kernels import _table
+from warp_fast.native._addresses import addresses, codes, extension, sizes
+
+MOST_POLICIES_CUDA = 16
+_tables = _table.TableCache()
+
+
+def _by_tensor(columns: list[list[Tensor]]) -> list[Tensor]:
+    """All columns of the first tensor, then all of the second, and so on."""
+    return [tensor for row in zip(*columns, strict=True) for tensor in row]
+
+
+def gram_cpp(
+    init: list[Tensor], policies: list[Tensor], segment: list[int], count: int
+) -> Tensor:
+    """G[s, i, j] = sum over the tensors of segment s of <delta_i, delta_j>; see `gram_reference`.
+
+    Summed over chunks of fixed size in a fixed order, whatever the number of threads.
+    """
+    runs = len(policies) // len(init)
+    gram = torch.zeros(count, runs, runs, dtype=torch.float64)
+    listed = _by_tensor(_table.by_column(init, policies))
+    extension().gram(
+        addresses(listed),
+        codes(listed),
+        sizes(init),
+        segment,
+        runs,
+        gram.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return gram
+
+
+def slerp_apply_cpp_(
+    out: list[Tensor],
+    init: list[Tensor],
+    policies: list[Tensor],
+    coefficients: Tensor,
+    segment: list[int],
+) -> None:
+    """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init); see the reference.
+
+    Strided outputs go through a copy. Large outputs are written around the cache.
+    """
+    written = [tensor.contiguous() for tensor in out]
+    results = _table.by_column(init, written)[1:]
+    listed = _by_tensor([*_table.by_column(init, policies), *results])
+    weights = coefficients.double().contiguous()
+    rows, segments, runs = weights.shape
+    extension().slerp_apply(
+        addresses(listed),
+        codes(listed),
+        sizes(init),
+        segment,
+        runs,
+        rows,
+        segments,
+        weights.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _table.copied_back(out, written)
+
+
+def gram_cuda(
+    init: list[Tensor], policies: list[Tensor], segment: list[int], count: int
+) -> Tensor:
+    """G[s, i, j] = sum over the tensors of segment s of <delta_i, delta_j>; see `gram_reference`.
+
+    One launch per combination of dtypes and alignment, and one that sums the chunks.
+    """
+    module = extension()
+    runs = len(policies) // len(init)
+    columns = _table.by_column(init, policies)
+
+    def build() -> tuple[list[_table.Launch], Tensor, int]:
+        return _table.gram_launches(columns, module.GRAM_CHUNK, segment, count)
+
+    with _table.on_device(init[0]):
+        launches, bounds, rows = _tables.get(columns, (tuple(segment), count), build)
+        partial = init[0].new_empty((rows, runs * (runs + 1) // 2), dtype=torch.float64)
+        gram = init[0].new_empty((count, runs, runs), dtype=torch.float64)
+        stream = torch.cuda.current_stream().cuda_stream
+        for launch in launches:
+            module.gram_cuda(
+                launch.table.data_ptr(),
+                launch.block_entry.data_ptr(),
+                launch.block_entry.numel(),
+                runs,
+                _table.packed(launch.codes),
+                launch.aligned,
+                partial.data_ptr(),
+                stream,
+            )
+        module.gram_sum_cuda(
+            partial.data_ptr(), bounds.data_ptr(), gram.data_ptr(), count, runs, stream
+        )
+    return gram
+
+
+def slerp_apply_cuda_(
+    out: list[Tensor],
+    init: list[Tensor],
+    policies: list[Tensor],
+    coefficients: Tensor,
+    segment: list[int],
+) -> None:
+    """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init); see the reference.
+
+    One launch per combination of dtypes and alignment. Rows whose outputs differ in dtype take a
+    pass each; strided outputs go through a copy.
+    """
+    written = [tensor.contiguous() for tensor in out]
+    read = _table.by_column(init, policies)
+    with _table.on_device(init[0]):
+        for rows, results in _table.alike(_table.by_column(init, written)[1:]):
+            _apply_cuda(read, results, coefficients[rows], segment)
+    _table.copied_back(out, written)
+
+
+def _apply_cuda(
+    read: list[list[Tensor]], results: list[list[Tensor]], coefficients: Tensor, segment: list[int]
+) -> None:
+    module = extension()
+    columns = [*read, *results]
+    device = columns[0][0].device
+    weights = coefficients.to(device=device, dtype=torch.float64).contiguous()
+    rows, segments, runs = weights.shape
+
+    def build() -> list[_table.Launch]:
+        entries = _table.entries_of(columns, module.APPLY_BLOCK, _table.by_segment(segment))
+        return _table.launches_of(columns, entries, lambda entry: segment[entry.tensor])
+
+    for launch in reversed(_tables.get(columns, tuple(segment), build)):
+        module.slerp_apply_cuda(
+            launch.table.data_ptr(),
+            launch.block_entry.data_ptr(),
+            launch.block_entry.numel(),
+            runs,
+            rows,
+            segments,
+            _table.packed(launch.codes[: 1 + runs]),
+            launch.codes[1 + runs],
+            launch.aligned,
+            weights.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
