@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# it knows the functions of torch as they are when it is imported: before they are poisoned
+import torch._dynamo
 from torch import Tensor
 
 import warp_fast
