@@ -1,4 +1,4 @@
-// The EMA update on CPU: ema <- ema + rate * (params - ema), eight elements at a time.
+// The EMA update on CPU: ema <- ema + rate * (params - ema), sixteen elements at a time.
 //
 // Bitwise equal to the reference: compiled without fused multiply-add, the same branch at one half,
 // the same rounding and the same random bits.
@@ -14,49 +14,82 @@ WARP_FAST_INLINE Float interpolate(Float start, Float end, Weight rate) {
     return rate < Weight(0.5) ? start + rate * step : end - (Weight(1) - rate) * step;
 }
 
-WARP_FAST_INLINE u32x8 random_bits16(int64_t index, const EmaCall& call) {
-    const u64x8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    const u64x8 each = static_cast<uint64_t>(index) + lane;
-    u32x8 word = (__builtin_convertvector(each, u32x8) ^ call.key_in) +
-                 __builtin_convertvector(each >> 32, u32x8) * 0x9E3779B9u;
+// 16 uniform bits for the elements first + lane
+WARP_FAST_INLINE u32x8 random_bits16(uint64_t first, u32x8 lane, const EmaCall& call) {
+    const u32x8 low = static_cast<uint32_t>(first) + lane;
+    const u32x8 carried = bit_cast<u32x8>(low < lane);  // all ones are -1
+    const u32x8 high = static_cast<uint32_t>(first >> 32) - carried;
+    u32x8 word = (low ^ call.key_in) + high * 0x9E3779B9u;
     word = (word ^ (word >> 16)) * 0x21F0AAADu;
     word = (word ^ (word >> 15)) * 0x735A2D97u;
     word ^= word >> 15;
     return (word ^ call.key_out) >> 16;
 }
 
-// bits of fp32 with every NaN made 0x7FC00000
-WARP_FAST_INLINE u32x8 plain_bits(f32x8 value) {
-    const u32x8 nan = bit_cast<u32x8>(value != value);
-    return (bit_cast<u32x8>(value) & ~nan) | (nan & 0x7FC00000u);
+// bits of the moved average with every NaN made 0x7FC00000
+WARP_FAST_INLINE u32x8 moved_bits(u32x8 start, f32x8 end, float rate) {
+    const f32x8 moved = interpolate(bit_cast<f32x8>(start), end, rate);
+    return moved == moved ? bit_cast<u32x8>(moved) : u32x8{} + 0x7FC00000u;
+}
+
+WARP_FAST_INLINE u32x8 sign_extended(u32x8 upper_half) {
+    return bit_cast<u32x8>(bit_cast<i32x8>(upper_half) >> 16);
+}
+
+WARP_FAST_INLINE u32x8 round_stochastic(u32x8 bits, uint64_t first, u32x8 lane,
+                                        const EmaCall& call) {
+    const u32x8 finite = bit_cast<u32x8>((bits & 0x7F800000u) != 0x7F800000u);
+    return bits + (random_bits16(first, lane, call) & finite);
+}
+
+// PARAM other than bf16: its elements come in order, and so must those of the average
+template <int PARAM>
+WARP_FAST_INLINE Bits load_high(const void* base, int64_t at, int64_t lanes) {
+    if constexpr (PARAM == kBf16) return load_even_odd(base, at, lanes);
+    const Lanes found = load<kBf16>(base, at, lanes);
+    return {bit_cast<u32x8>(found.a), bit_cast<u32x8>(found.b)};
+}
+
+template <int PARAM>
+WARP_FAST_INLINE Lanes load_params(const void* base, int64_t at, int64_t lanes) {
+    if constexpr (PARAM == kBf16) return as_float(load_even_odd(base, at, lanes));
+    return load<PARAM>(base, at, lanes);
+}
+
+template <int PARAM>
+WARP_FAST_INLINE void store_high(void* base, int64_t at, const Bits& bits, int64_t lanes) {
+    if constexpr (PARAM == kBf16) return store_even_odd(base, at, bits, lanes, false);
+    const u16x8 a = __builtin_convertvector(bits.a >> 16, u16x8);
+    const u16x8 b = __builtin_convertvector(bits.b >> 16, u16x8);
+    store_both(place<kBf16>(base, at), a, b, lanes, false);
 }
 
 template <int STORAGE, int PARAM>
 WARP_FAST_INLINE void update(const EmaEntry& entry, int64_t at, int64_t lanes, float rate,
                              const EmaCall& call) {
-    const f32x8 end = load<PARAM>(entry.params, at, lanes);
     if constexpr (STORAGE == kFull) {
-        const f32x8 start = load<kFp32>(entry.ema, at, lanes);
-        store<kFp32>(entry.ema, at, interpolate(start, end, rate), lanes, false);
-        return;
+        const Lanes start = load<kFp32>(entry.ema, at, lanes);
+        const Lanes end = load<PARAM>(entry.params, at, lanes);
+        const Lanes moved = {interpolate(start.a, end.a, rate), interpolate(start.b, end.b, rate)};
+        return store<kFp32>(entry.ema, at, moved, lanes, false);
     }
-    char* high_at = place<kBf16>(entry.ema, at);
-    const u32x8 high = __builtin_convertvector(load_lanes<u16x8>(high_at, lanes), u32x8);
+    const Bits high = load_high<PARAM>(entry.ema, at, lanes);
+    const Lanes end = load_params<PARAM>(entry.params, at, lanes);
     if constexpr (STORAGE == kSplit) {
-        char* low_at = place<kInt16>(entry.residual, at);
-        const u32x8 low = __builtin_convertvector(load_lanes<u16x8>(low_at, lanes), u32x8);
-        // the low half is signed: its upper bit takes one from the high half
-        const u32x8 joined = ((high - (low >> 15)) << 16) + low;
-        const u32x8 bits = plain_bits(interpolate(bit_cast<f32x8>(joined), end, rate));
-        const u32x8 rounded = (bits + 0x8000u) >> 16;
-        store_lanes(high_at, __builtin_convertvector(rounded, u16x8), lanes);
-        store_lanes(low_at, __builtin_convertvector(bits & 0xFFFFu, u16x8), lanes);
+        const Bits low = load_high<PARAM>(entry.residual, at, lanes);
+        const Bits moved = {moved_bits(high.a + sign_extended(low.a), end.a, rate),
+                            moved_bits(high.b + sign_extended(low.b), end.b, rate)};
+        store_high<PARAM>(entry.ema, at, {moved.a + 0x8000u, moved.b + 0x8000u}, lanes);
+        store_high<PARAM>(entry.residual, at, {moved.a << 16, moved.b << 16}, lanes);
     } else {
-        const u32x8 bits = plain_bits(interpolate(bit_cast<f32x8>(high << 16), end, rate));
-        const u32x8 finite = bit_cast<u32x8>((bits & 0x7F800000u) != 0x7F800000u);
-        const u32x8 random = random_bits16(entry.first_index + at, call);
-        const u32x8 rounded = (bits + (random & finite)) >> 16;
-        store_lanes(high_at, __builtin_convertvector(rounded, u16x8), lanes);
+        const uint64_t first = static_cast<uint64_t>(entry.first_index + at);
+        const u32x8 eight = {0, 1, 2, 3, 4, 5, 6, 7};
+        const u32x8 lane_a = PARAM == kBf16 ? 2 * eight : eight;
+        const u32x8 lane_b = lane_a + (PARAM == kBf16 ? 1 : 8);
+        const Bits rounded = {
+            round_stochastic(moved_bits(high.a, end.a, rate), first, lane_a, call),
+            round_stochastic(moved_bits(high.b, end.b, rate), first, lane_b, call)};
+        store_high<PARAM>(entry.ema, at, rounded, lanes);
     }
 }
 

@@ -3,37 +3,61 @@
 // Products of two fp32 differences are exact in fp64, so fusing them with the sum changes no bit.
 #include "weights.h"
 
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
 namespace warp_fast {
 namespace {
 
 constexpr int kMostFused = 5;  // policies whose pairs are summed in one go
 
-WARP_FAST_INLINE double total(f64x8 sum) {
-    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+// four of the sixteen elements in fp64
+WARP_FAST_INLINE f64x4 quarter(const Lanes& value, int q) {
+    const f32x8 half = q < 2 ? value.a : value.b;
+#ifdef __AVX__
+    const __m128 part =
+        q % 2 == 0 ? _mm256_castps256_ps128(half) : _mm256_extractf128_ps(half, 1);
+    return _mm256_cvtps_pd(part);
+#else
+    const int first = 4 * (q % 2);
+    return f64x4{half[first], half[first + 1], half[first + 2], half[first + 3]};
+#endif
 }
+
+WARP_FAST_INLINE double total(f64x4 sum) { return (sum[0] + sum[2]) + (sum[1] + sum[3]); }
 
 // All pairs of A policies from a on, or with B of A policies with B others from b on.
 template <int CODE, int A, int B>
 void pairs(const MergeEntry& entry, int64_t begin, int64_t end, int a, int b, double* found) {
     constexpr int kPairs = B == 0 ? A * (A + 1) / 2 : A * B;
-    f64x8 sum[kPairs] = {};
+    // two sums per pair where registers allow it: one alone waits for itself
+    constexpr int kSums = kPairs <= 3 ? 2 : 1;
+    f64x4 sum[kSums][kPairs] = {};
     const auto add = [&](int64_t at, int64_t lanes) __attribute__((always_inline)) {
-        const f32x8 start = load_column<CODE>(entry, 0, at, lanes);
-        f64x8 delta[A + B];
+        const Lanes start = load_column<CODE>(entry, 0, at, lanes);
+        Lanes delta[A + B];
         for (int i = 0; i < A + B; ++i) {
             const int policy = 1 + (i < A ? a + i : b + i - A);
-            const f32x8 value = load_column<CODE>(entry, policy, at, lanes);
-            delta[i] = __builtin_convertvector(value - start, f64x8);
+            const Lanes stop = load_column<CODE>(entry, policy, at, lanes);
+            delta[i] = {stop.a - start.a, stop.b - start.b};
         }
-        int p = 0;
-        for (int i = 0; i < A; ++i) {
-            for (int j = B == 0 ? i : A; j < A + B; ++j) sum[p++] += delta[i] * delta[j];
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) {
+            f64x4 wide[A + B];
+            for (int i = 0; i < A + B; ++i) wide[i] = quarter(delta[i], q);
+            int p = 0;
+            for (int i = 0; i < A; ++i) {
+                for (int j = B == 0 ? i : A; j < A + B; ++j, ++p) {
+                    sum[q % kSums][p] += wide[i] * wide[j];
+                }
+            }
         }
     };
     int64_t at = begin;
     for (; at + kLanes <= end; at += kLanes) add(at, kLanes);
     if (at < end) add(at, end - at);
-    for (int p = 0; p < kPairs; ++p) found[p] = total(sum[p]);
+    for (int p = 0; p < kPairs; ++p) found[p] = total(sum[0][p] + sum[kSums - 1][p] * (kSums - 1));
 }
 
 WARP_FAST_INLINE int64_t triangle(int i, int j, int policies) {

@@ -1,4 +1,4 @@
-// Eight lanes at a time, in vector types that every compiler lowers to what the machine has.
+// Sixteen elements at a time, in vector types that every compiler lowers to what the machine has.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,25 @@
 namespace warp_fast {
 namespace {
 
-constexpr int kLanes = 8;
+constexpr int kLanes = 16;
 
+typedef float f32x4 __attribute__((vector_size(16)));
 typedef float f32x8 __attribute__((vector_size(32)));
-typedef double f64x8 __attribute__((vector_size(64)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef double f64x4 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef uint64_t u64x8 __attribute__((vector_size(64)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
+
+// Sixteen elements of one tensor. Usually a holds the first eight. Where all tensors of an op are
+// 16 bits wide, a holds the even and b the odd ones: then widening is a shift and a mask, without
+// a shuffle.
+struct Lanes {
+    f32x8 a, b;
+};
+
+struct Bits {
+    u32x8 a, b;
+};
 
 template <class To, class From>
 WARP_FAST_INLINE To bit_cast(const From& from) {
@@ -45,17 +56,39 @@ WARP_FAST_INLINE const char* place(const void* base, int64_t at) {
     return static_cast<const char*>(base) + at * kBytes<CODE>;
 }
 
-// `lanes` elements, the rest 0; whole vectors are one load
+// store around the cache; the address is a multiple of 16
 template <class Vector>
-WARP_FAST_INLINE Vector load_lanes(const char* from, int64_t lanes) {
+WARP_FAST_INLINE void stream_vector(char* to, const Vector& value) {
+#ifdef __SSE2__
+    __m128i part[sizeof(value) / 16];
+    std::memcpy(part, &value, sizeof(value));
+    for (size_t i = 0; i < sizeof(value) / 16; ++i) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, part[i]);
+    }
+#else
+    std::memcpy(to, &value, sizeof(value));
+#endif
+}
+
+// the first `bytes` bytes of a vector, the rest 0; whole vectors are one load
+template <class Vector>
+WARP_FAST_INLINE Vector load_bytes(const char* from, int64_t bytes) {
     Vector found = {};
-    std::memcpy(&found, from, lanes == kLanes ? sizeof(found) : lanes * (sizeof(found) / kLanes));
+    if (bytes >= static_cast<int64_t>(sizeof(found))) {
+        std::memcpy(&found, from, sizeof(found));
+    } else if (bytes > 0) {
+        std::memcpy(&found, from, bytes);
+    }
     return found;
 }
 
 template <class Vector>
-WARP_FAST_INLINE void store_lanes(char* to, const Vector& value, int64_t lanes) {
-    std::memcpy(to, &value, lanes == kLanes ? sizeof(value) : lanes * (sizeof(value) / kLanes));
+WARP_FAST_INLINE void store_bytes(char* to, const Vector& value, int64_t bytes, bool stream) {
+    if (bytes >= static_cast<int64_t>(sizeof(value))) {
+        stream ? stream_vector(to, value) : static_cast<void>(std::memcpy(to, &value, sizeof(value)));
+    } else if (bytes > 0) {
+        std::memcpy(to, &value, bytes);
+    }
 }
 
 WARP_FAST_INLINE f32x8 from_bf16(u16x8 half) {
@@ -71,12 +104,15 @@ WARP_FAST_INLINE f32x8 from_fp16(u16x8 half) {
     return bit_cast<f32x8>(value | (bits & 0x8000) << 16);
 }
 
-// nearest, ties to even; every NaN becomes 0x7FC0
-WARP_FAST_INLINE u16x8 to_bf16(f32x8 value) {
+// bits whose upper half is the nearest bf16, ties to even; every NaN becomes 0x7FC0
+WARP_FAST_INLINE u32x8 rounded_to_bf16(f32x8 value) {
     const u32x8 bits = bit_cast<u32x8>(value);
-    const u32x8 near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    const u32x8 nan = bit_cast<u32x8>(value != value);
-    return __builtin_convertvector((near & ~nan) | (nan & 0x7FC0), u16x8);
+    const u32x8 near = bits + 0x7FFF + ((bits >> 16) & 1);
+    return value == value ? near : u32x8{} + 0x7FC00000u;
+}
+
+WARP_FAST_INLINE u16x8 to_bf16(f32x8 value) {
+    return __builtin_convertvector(rounded_to_bf16(value) >> 16, u16x8);
 }
 
 WARP_FAST_INLINE u16x8 to_fp16(f32x8 value) {
@@ -94,25 +130,28 @@ WARP_FAST_INLINE u16x8 to_fp16(f32x8 value) {
 }
 
 template <int CODE>
-WARP_FAST_INLINE f32x8 load(const void* base, int64_t at, int64_t lanes) {
+WARP_FAST_INLINE Lanes load(const void* base, int64_t at, int64_t lanes) {
+    constexpr int64_t kHalf = 8 * kBytes<CODE>;
     const char* from = place<CODE>(base, at);
-    if constexpr (CODE == kFp32) return load_lanes<f32x8>(from, lanes);
-    const u16x8 half = load_lanes<u16x8>(from, lanes);
-    return CODE == kBf16 ? from_bf16(half) : from_fp16(half);
+    const int64_t bytes = lanes * kBytes<CODE>;
+    if constexpr (CODE == kFp32) {
+        return {load_bytes<f32x8>(from, bytes), load_bytes<f32x8>(from + kHalf, bytes - kHalf)};
+    } else {
+        const u16x8 a = load_bytes<u16x8>(from, bytes);
+        const u16x8 b = load_bytes<u16x8>(from + kHalf, bytes - kHalf);
+        if constexpr (CODE == kBf16) return {from_bf16(a), from_bf16(b)};
+        return {from_fp16(a), from_fp16(b)};
+    }
 }
 
-// store around the cache; the address is a multiple of 16
-template <class Vector>
-WARP_FAST_INLINE void stream_lanes(char* to, const Vector& value) {
-#ifdef __SSE2__
-    __m128i part[sizeof(value) / 16];
-    std::memcpy(part, &value, sizeof(value));
-    for (size_t i = 0; i < sizeof(value) / 16; ++i) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, part[i]);
-    }
-#else
-    std::memcpy(to, &value, sizeof(value));
-#endif
+// the even and the odd elements of 16-bit words, as the upper halves of 32-bit ones
+WARP_FAST_INLINE Bits load_even_odd(const void* base, int64_t at, int64_t lanes) {
+    const u32x8 word = load_bytes<u32x8>(place<kBf16>(base, at), 2 * lanes);
+    return {word << 16, word & 0xFFFF0000u};
+}
+
+WARP_FAST_INLINE Lanes as_float(const Bits& bits) {
+    return {bit_cast<f32x8>(bits.a), bit_cast<f32x8>(bits.b)};
 }
 
 // what was streamed is visible to whoever waits for this thread
@@ -122,15 +161,34 @@ WARP_FAST_INLINE void finish_streams() {
 #endif
 }
 
+// two vectors of eight elements each, one after the other
+template <class Vector>
+WARP_FAST_INLINE void store_both(char* to, const Vector& a, const Vector& b, int64_t lanes,
+                                 bool stream) {
+    constexpr int64_t kHalf = sizeof(Vector);
+    const int64_t bytes = lanes * (kHalf / 8);
+    store_bytes(to, a, bytes, stream);
+    store_bytes(to + kHalf, b, bytes - kHalf, stream);
+}
+
 template <int CODE>
-WARP_FAST_INLINE void store(void* base, int64_t at, f32x8 value, int64_t lanes, bool stream) {
+WARP_FAST_INLINE void store(void* base, int64_t at, const Lanes& value, int64_t lanes,
+                            bool stream) {
     char* to = place<CODE>(base, at);
     if constexpr (CODE == kFp32) {
-        stream && lanes == kLanes ? stream_lanes(to, value) : store_lanes(to, value, lanes);
+        store_both(to, value.a, value.b, lanes, stream);
+    } else if constexpr (CODE == kBf16) {
+        store_both(to, to_bf16(value.a), to_bf16(value.b), lanes, stream);
     } else {
-        const u16x8 half = CODE == kBf16 ? to_bf16(value) : to_fp16(value);
-        stream && lanes == kLanes ? stream_lanes(to, half) : store_lanes(to, half, lanes);
+        store_both(to, to_fp16(value.a), to_fp16(value.b), lanes, stream);
     }
+}
+
+// the inverse of load_even_odd; lower halves are dropped
+WARP_FAST_INLINE void store_even_odd(void* base, int64_t at, const Bits& bits, int64_t lanes,
+                                     bool stream) {
+    const u32x8 word = (bits.a >> 16) | (bits.b & 0xFFFF0000u);
+    store_bytes(place<kBf16>(base, at), word, 2 * lanes, stream);
 }
 
 WARP_FAST_INLINE double load_any(const void* base, int64_t at, int code) {
@@ -140,16 +198,16 @@ WARP_FAST_INLINE double load_any(const void* base, int64_t at, int code) {
             std::memcpy(&wide, place<kFp64>(base, at), sizeof(wide));
             return wide;
         case kFp32:
-            return load<kFp32>(base, at, 1)[0];
+            return load<kFp32>(base, at, 1).a[0];
         case kFp16:
-            return load<kFp16>(base, at, 1)[0];
+            return load<kFp16>(base, at, 1).a[0];
         default:
-            return load<kBf16>(base, at, 1)[0];
+            return load<kBf16>(base, at, 1).a[0];
     }
 }
 
 WARP_FAST_INLINE void store_any(void* base, int64_t at, int code, double value) {
-    const f32x8 narrow = {static_cast<float>(value)};
+    const Lanes narrow = {{static_cast<float>(value)}, {}};
     switch (code) {
         case kFp64:
             std::memcpy(place<kFp64>(base, at), &value, sizeof(value));

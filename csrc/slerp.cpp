@@ -14,15 +14,19 @@ template <int CODE, int M>
 WARP_FAST_INLINE void merge(const MergeEntry& entry, int64_t at, int64_t lanes,
                             const MergeCall& call) {
     const int policies = M > 0 ? M : call.policies;
-    const f32x8 start = load_column<CODE>(entry, 0, at, lanes);
-    f32x8 delta[M > 0 ? M : kMostFused];
+    const Lanes start = load_column<CODE>(entry, 0, at, lanes);
+    Lanes delta[M > 0 ? M : kMostFused];
     for (int m = 0; m < policies; ++m) {
-        delta[m] = load_column<CODE>(entry, 1 + m, at, lanes) - start;
+        const Lanes stop = load_column<CODE>(entry, 1 + m, at, lanes);
+        delta[m] = {stop.a - start.a, stop.b - start.b};
     }
     const double* weight = call.coefficients + entry.segment * policies;
     for (int64_t k = 0; k < call.rows; ++k, weight += call.segments * policies) {
-        f32x8 sum = start;
-        for (int m = 0; m < policies; ++m) sum += static_cast<float>(weight[m]) * delta[m];
+        Lanes sum = start;
+        for (int m = 0; m < policies; ++m) {
+            sum.a += static_cast<float>(weight[m]) * delta[m].a;
+            sum.b += static_cast<float>(weight[m]) * delta[m].b;
+        }
         store_column<CODE>(entry, 1 + policies + k, at, sum, lanes);
     }
 }

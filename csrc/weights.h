@@ -19,11 +19,12 @@ inline int common_code(const MergeEntry& entry, int64_t columns) {
     return common;
 }
 
-// CODE: the dtype of all columns, or kMixed
+// CODE: the dtype of all columns, or kMixed. Where all are bf16, a and b are even and odd elements.
 template <int CODE>
-WARP_FAST_INLINE f32x8 load_column(const MergeEntry& entry, int64_t c, int64_t at, int64_t lanes) {
+WARP_FAST_INLINE Lanes load_column(const MergeEntry& entry, int64_t c, int64_t at, int64_t lanes) {
     const void* base = entry.address[c];
-    if constexpr (CODE >= 0) return load<CODE>(base, at, lanes);
+    if constexpr (CODE == kBf16) return as_float(load_even_odd(base, at, lanes));
+    if constexpr (CODE == kFp32) return load<kFp32>(base, at, lanes);
     switch (entry.code[c]) {
         case kFp32:
             return load<kFp32>(base, at, lanes);
@@ -35,10 +36,14 @@ WARP_FAST_INLINE f32x8 load_column(const MergeEntry& entry, int64_t c, int64_t a
 }
 
 template <int CODE>
-WARP_FAST_INLINE void store_column(const MergeEntry& entry, int64_t c, int64_t at, f32x8 value,
-                                   int64_t lanes) {
+WARP_FAST_INLINE void store_column(const MergeEntry& entry, int64_t c, int64_t at,
+                                   const Lanes& value, int64_t lanes) {
     void* base = entry.address[c];
-    if constexpr (CODE >= 0) return store<CODE>(base, at, value, lanes, entry.stream);
+    if constexpr (CODE == kBf16) {
+        const Bits rounded = {rounded_to_bf16(value.a), rounded_to_bf16(value.b)};
+        return store_even_odd(base, at, rounded, lanes, entry.stream);
+    }
+    if constexpr (CODE == kFp32) return store<kFp32>(base, at, value, lanes, entry.stream);
     switch (entry.code[c]) {
         case kFp32:
             return store<kFp32>(base, at, value, lanes, entry.stream);
