@@ -1,7 +1,6 @@
 """Build warp_fast._C with ninja: C++ always, CUDA where nvcc is; what cannot be built is left out.
 
-WARP_FAST_CUDA_ARCHS names the CUDA targets ("90a 100", or "none"); by default those of the GPUs
-that are present, else all.
+WARP_FAST_CUDA_ARCHS: the CUDA targets ("90a 100", or "none"); else those of the GPUs here, else all.
 """
 
 import os
@@ -27,12 +26,11 @@ def cuda_archs() -> str:
     if not asked and shutil.which(query[0]):
         found = subprocess.run(query, capture_output=True, text=True).stdout.replace(".", "")
         asked = " ".join("90a" if arch == "90" else arch for arch in sorted(set(found.split())))
-    absent = asked == "none" or shutil.which("nvcc") is None
-    return "" if absent else asked or "80 86 89 90a 100 120"
+    usable = asked != "none" and shutil.which("nvcc")
+    return (asked or "80 86 89 90a 100 120") if usable else ""
 
 
 def ninja_file(target: str, archs: str) -> str:
-    """The variables of csrc/*.ninja, and which of these files to read."""
     x86 = platform.machine() == "x86_64"
     parts = ["cpu"] + ["avx2"] * x86 + ["cuda"] * bool(archs)
     objects = " ".join(["bindings.o", *(f"{op}.{part}.o" for op in OPS for part in parts)])
@@ -51,13 +49,13 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         scratch = ROOT / "build" / "ninja"
         scratch.mkdir(parents=True, exist_ok=True)
+        target = os.path.abspath(self.get_ext_fullpath(ext.name))
         for archs in dict.fromkeys([cuda_archs(), ""]):
-            text = ninja_file(os.path.abspath(self.get_ext_fullpath(ext.name)), archs)
-            (scratch / "build.ninja").write_text(text)
+            (scratch / "build.ninja").write_text(ninja_file(target, archs))
             if not subprocess.run([sys.executable, "-m", "ninja", "-C", scratch]).returncode:
                 return
         raise CompileError("warp_fast._C was not built; `warp-fast doctor` says what is missing")
 
 
-kernels = Extension("warp_fast._C", [], optional=True)
-setup(ext_modules=[kernels], cmdclass={"build_ext": NinjaBuild})
+extension = Extension("warp_fast._C", [], optional=True)
+setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuild})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,7 +126,9 @@ class TableCache:
     def __len__(self) -> int:
         return len(self._tables)
 
-    def get(self, columns: Sequence[Sequence[Tensor]], extra: object, build: Callable[[], object]):
+    def get(
+        self, columns: Sequence[Sequence[Tensor]], extra: object, build: Callable[[], Any]
+    ) -> Any:
         """The cached result of `build` for these tensors; `extra` is what else it depends on."""
         device = columns[0][0].device
         tensors = [tensor for column in columns for tensor in column]

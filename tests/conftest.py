@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-
-# it knows the functions of torch as they are when it is imported: before they are poisoned
-import torch._dynamo
 from torch import Tensor
 
 import warp_fast
@@ -51,5 +49,8 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """An element that warp_fast allocates and does not write turns the test red."""
+    # it must see the functions of torch unpoisoned, but not before files that run triton in its
+    # interpreter are collected: it imports triton
+    importlib.import_module("torch._dynamo")
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

@@ -1,1 +1,1 @@
-"""Launchers of warp_fast._C, one file per op: tensors in, addresses and dtype codes to the kernels."""
+"""Launchers of warp_fast._C, one file per op: tensors in, addresses and dtype codes out."""

@@ -17,9 +17,7 @@ def _by_tensor(columns: list[list[Tensor]]) -> list[Tensor]:
     return [tensor for row in zip(*columns, strict=True) for tensor in row]
 
 
-def gram_cpp(
-    init: list[Tensor], policies: list[Tensor], segment: list[int], count: int
-) -> Tensor:
+def gram_cpp(init: list[Tensor], policies: list[Tensor], segment: list[int], count: int) -> Tensor:
     """G[s, i, j] = sum over the tensors of segment s of <delta_i, delta_j>; see `gram_reference`.
 
     Summed over chunks of fixed size in a fixed order, whatever the number of threads.
@@ -69,9 +67,7 @@ def slerp_apply_cpp_(
     _table.copied_back(out, written)
 
 
-def gram_cuda(
-    init: list[Tensor], policies: list[Tensor], segment: list[int], count: int
-) -> Tensor:
+def gram_cuda(init: list[Tensor], policies: list[Tensor], segment: list[int], count: int) -> Tensor:
     """G[s, i, j] = sum over the tensors of segment s of <delta_i, delta_j>; see `gram_reference`.
 
     One launch per combination of dtypes and alignment, and one that sums the chunks.

@@ -31,7 +31,8 @@ def warp(config: WarpConfig, *, progress: bool = True) -> Path:
         theta_init <- theta_sft
         for each of I iterations:
             M runs of T steps from theta_init, each toward reward - beta KL(policy || its EMA)
-            theta_slerp <- slerp(theta_init, runs);  theta_init <- (1-eta) theta_init + eta theta_slerp
+            theta_slerp <- slerp(theta_init, runs)
+            theta_init <- (1-eta) theta_init + eta theta_slerp
         return { (1-eta) theta_sft + eta theta_slerp : eta in sweep }
 
     Args:
