@@ -17,6 +17,13 @@ _NO_GPU = pytest.mark.skip(reason="needs a CUDA device")
 _PACKAGE = Path(warp_fast.__file__).parent
 _SOURCES = tuple(str(path) + "/" for path in (_PACKAGE, (_PACKAGE / "kernels").resolve()))
 
+# dynamo must meet the functions of torch unpoisoned; it and much else of torch import triton, which
+# decides then whether its own library is interpreted, as test_triton_*.py need it without a GPU
+with pytest.MonkeyPatch.context() as _patch:
+    if not torch.cuda.is_available():
+        _patch.setenv("TRITON_INTERPRET", "1")
+    importlib.import_module("torch._dynamo")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
@@ -49,8 +56,5 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """An element that warp_fast allocates and does not write turns the test red."""
-    # it must see the functions of torch unpoisoned, but not before files that run triton in its
-    # interpreter are collected: it imports triton
-    importlib.import_module("torch._dynamo")
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
