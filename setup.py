@@ -1,6 +1,6 @@
 """Build warp_fast._C with ninja: C++ always, CUDA where nvcc is; what cannot be built is left out.
 
-WARP_FAST_CUDA_ARCHS: the CUDA targets ("90a 100", or "none"); else those of the GPUs here, else all.
+WARP_FAST_CUDA_ARCHS names the CUDA targets ("90a", "none"); by default those of the GPUs, else all.
 """
 
 import os
@@ -25,9 +25,8 @@ def cuda_archs() -> str:
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     if not asked and shutil.which(query[0]):
         found = subprocess.run(query, capture_output=True, text=True).stdout.replace(".", "")
-        asked = " ".join("90a" if arch == "90" else arch for arch in sorted(set(found.split())))
-    usable = asked != "none" and shutil.which("nvcc")
-    return (asked or "80 86 89 90a 100 120") if usable else ""
+        asked = " ".join(sorted(set(found.split()))).replace("90", "90a")
+    return (asked or "80 86 89 90a 100 120") if asked != "none" and shutil.which("nvcc") else ""
 
 
 def ninja_file(target: str, archs: str) -> str:
@@ -47,15 +46,14 @@ build {target}: {"link_cuda" if archs else "link"} {objects}
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        scratch = ROOT / "build" / "ninja"
-        scratch.mkdir(parents=True, exist_ok=True)
+        os.makedirs(scratch := ROOT / "build/ninja", exist_ok=True)
         target = os.path.abspath(self.get_ext_fullpath(ext.name))
         for archs in dict.fromkeys([cuda_archs(), ""]):
             (scratch / "build.ninja").write_text(ninja_file(target, archs))
-            if not subprocess.run([sys.executable, "-m", "ninja", "-C", scratch]).returncode:
+            if subprocess.run([sys.executable, "-m", "ninja", "-C", scratch]).returncode == 0:
                 return
         raise CompileError("warp_fast._C was not built; `warp-fast doctor` says what is missing")
 
 
-extension = Extension("warp_fast._C", [], optional=True)
-setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuild})
+ext = Extension("warp_fast._C", [], optional=True)
+setup(ext_modules=[ext], cmdclass={"build_ext": NinjaBuild})

@@ -203,6 +203,38 @@ def test_anchor_logprobs_receive_no_gradient(kl: Any, backend: str, ids: Tensor)
     assert anchor.grad is None and not result.anchor_logprobs.requires_grad
 
 
+@served
+@both
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 0), (2, 3, 2)], ids=str)
+def test_logprobs_take_any_leading_shape(shape: tuple[int, ...], form: str, backend: str) -> None:
+    """And any integers as ids."""
+    heads = [normal(*shape, V)] if form == "logits" else [normal(*shape, D), normal(V, D)]
+    function: Any = (
+        warp_fast.token_logprobs if form == "logits" else warp_fast.linear_token_logprobs
+    )
+    ids = torch.randint(0, V, shape)
+    options: Any = {"softcap": 3.0, "backend": backend}
+    logits = heads[0] if form == "logits" else heads[0] @ heads[1].T
+    logp = torch.log_softmax(3 * torch.tanh(logits / 3), -1)
+    expected = logp.gather(-1, ids[..., None])[..., 0]
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        torch.testing.assert_close(function(*heads, ids.to(dtype), **options), expected)
+    again, entropy = function(*heads, ids, **options, return_entropy=True)
+    torch.testing.assert_close((again, entropy), (expected, -(logp.exp() * logp).sum(-1)))
+
+
+@served
+@pytest.mark.parametrize("kl", ["reward", "reward_to_go", "k2"])
+def test_float64_beside_fp32_logits_leaves_fp32(kl: Any, backend: str, ids: Tensor) -> None:
+    (logits,), _ = inputs("logits")
+    given = -torch.rand(B, T, dtype=torch.float64)
+    result = warp_fast.warp_loss(
+        logits, ids, given, anchor_logprobs=given, old_logprobs=given, clip_range=0.2, kl=kl,
+        normalizer=torch.tensor(2.0, dtype=torch.float64), return_entropy=True, backend=backend,
+    )  # fmt: skip
+    assert [value.dtype for value in result if value is not None] == [torch.float32] * 5
+
+
 # torch leaves the methods of this class untyped
 class BackwardSizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records how many numbers each linear backward op returns, for hidden and for weight."""

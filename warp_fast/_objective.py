@@ -108,7 +108,7 @@ def _gain(logp: Tensor, weights: Tensor, terms: Terms) -> Tensor:
     """What the policy gradient ascends: c log pi, or the (clipped) importance ratio times c."""
     if terms.old_logprobs is None:
         return weights * logp
-    ratio = torch.exp(logp - terms.old_logprobs)
+    ratio = torch.exp(logp - terms.old_logprobs.to(logp.dtype))
     if terms.clip_range is None:
         return ratio * weights
     low, high = terms.clip_range

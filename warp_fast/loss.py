@@ -147,10 +147,11 @@ def warp_loss(
         kl="reverse", "forward":  the same with the exact KL(pi || anchor) or KL(anchor || pi)
         kl="none":          -1/Z sum A log pi
 
-    "reward" is Algorithm 1 of arXiv 2406.16768. On-policy, the gradients of reward, reward_to_go,
-    k2 and reverse all estimate that of the reverse KL; those of k3 and forward that of the forward
-    KL. With old_logprobs the policy-gradient term is -min(r c, clip(r, 1 - low, 1 + high) c),
-    r = pi(y_t) / exp(old_logprobs).
+    "reward" is Algorithm 1 of arXiv 2406.16768. On-policy, the gradients of reward and reward_to_go
+    estimate that of the reverse KL of the sequence; those of k2 and reverse that of the reverse KL
+    of each token after its prefix, and those of k3 and forward that of the forward KL: what a token
+    does to later KLs is not in them. With old_logprobs the policy-gradient term is
+    -min(r c, clip(r, 1 - low, 1 + high) c), r = pi(y_t) / exp(old_logprobs).
 
     Args:
         logits: [B, T, V], or packed [N, V] with cu_seqlens; fp32, bf16, fp16 or fp64.

@@ -36,8 +36,7 @@ def test_reward_model_scores_prompt_and_completion(tmp_path: Path) -> None:
     from transformers import Gemma2Config, Gemma2ForSequenceClassification
 
     tokenizer = build_tokenizer()
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
+    sizes: dict[str, Any] = dict(
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
@@ -45,9 +44,10 @@ def test_reward_model_scores_prompt_and_completion(tmp_path: Path) -> None:
         num_key_value_heads=1,
         head_dim=8,
         num_labels=1,
-        pad_token_id=0,
     )
-    Gemma2ForSequenceClassification(config).save_pretrained(tmp_path)
+    config = Gemma2Config(vocab_size=len(tokenizer), pad_token_id=0, **sizes)
+    model: Any = Gemma2ForSequenceClassification
+    model(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     reward = load_reward(str(tmp_path), CPU)
     values = reward(prompts=["the room ", "the "], completions=["was good", "room was good"])

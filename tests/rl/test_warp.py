@@ -109,7 +109,7 @@ def test_final_policy_is_a_hugging_face_directory(finished: tuple[WarpConfig, Pa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, output = finished
-    model = AutoModelForCausalLM.from_pretrained(output / "policy")
+    model: Any = AutoModelForCausalLM.from_pretrained(output / "policy")
     tokenizer = AutoTokenizer.from_pretrained(output / "policy")
     text = tokenizer("review of the cafe :", return_tensors="pt")
     tokens = model.generate(text["input_ids"], do_sample=False, max_new_tokens=4)
@@ -138,7 +138,7 @@ def test_evaluation_during_training_is_logged(finished: tuple[WarpConfig, Path])
 
 def test_refuses_an_output_of_another_config(finished: tuple[WarpConfig, Path]) -> None:
     config, _ = finished
-    changed = {**config.to_dict(), "beta": 0.7}
+    changed: dict[str, Any] = {**config.to_dict(), "beta": 0.7}
     with pytest.raises(ValueError, match=r"another config \(beta: 0.1 there, 0.7 now\)"):
         warp(WarpConfig(**changed), progress=False)
 
