@@ -189,7 +189,6 @@ def test_merge_in_place_is_for_one_eta(backend: str) -> None:
     assert torch.equal(init, before) and not out.any()
 
 
-@pytest.mark.xfail(reason="the check compares neighbours only, and not positions", strict=True)
 @pytest.mark.parametrize("case", ["a policy in init", "swapped"])
 def test_merge_in_place_refuses_what_is_read_later(case: str) -> None:
     memory = torch.randn(12)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,30 +55,43 @@ def byte_range(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
+class _Range(NamedTuple):
+    start: int
+    stop: int
+    written: bool
+    position: int
+    dtype: torch.dtype
+
+
 def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: bool) -> None:
     """Raise ValueError where a written tensor shares bytes with another written or read one.
 
-    same: allow a read tensor that occupies exactly the bytes of the written one (elementwise
-    in-place).
+    same: allow read[i] to occupy exactly the bytes of written[i] (elementwise in-place).
     """
-    ranges = [(*byte_range(t), True, t.dtype) for t in written]
-    ranges += [(*byte_range(t), False, t.dtype) for t in read]
-    ranges.sort(key=lambda r: (r[0], r[1]))
-    end, last = 0, (0, 0, False, torch.uint8)
+    ranges = [
+        _Range(*byte_range(tensor), tensors is written, i, tensor.dtype)
+        for tensors in (written, read)
+        for i, tensor in enumerate(tensors)
+        if tensor.numel() > 0
+    ]
+    ranges.sort(key=lambda r: r[:2])
+    open_ranges: list[_Range] = []
     for current in ranges:
-        start, stop, is_written, dtype = current
-        if start == stop:
-            continue
-        if start < end and (is_written or last[2]):
-            identical = current[:2] == last[:2] and is_written != last[2] and dtype == last[3]
-            if not (same and identical):
-                raise ValueError(
-                    "a tensor that is written must not share memory with another argument; "
-                    f"bytes {start:#x}..{min(stop, end):#x} are in two of them (tied weights are "
-                    "passed once)"
-                )
-        if stop >= end:
-            end, last = stop, current
+        open_ranges = [r for r in open_ranges if r.stop > current.start]
+        for other in open_ranges:
+            if not (current.written or other.written) or (same and _in_place(current, other)):
+                continue
+            raise ValueError(
+                "a tensor that is written must not share memory with another argument; bytes "
+                f"{current.start:#x}..{min(current.stop, other.stop):#x} are in two of them (tied "
+                "weights are passed once)"
+            )
+        open_ranges.append(current)
+
+
+def _in_place(a: _Range, b: _Range) -> bool:
+    alike = a.position == b.position and a.dtype == b.dtype
+    return alike and a[:2] == b[:2] and a.written != b.written
 
 
 # --- ema ---------------------------------------------------------------------------------------
