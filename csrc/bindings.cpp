@@ -20,6 +20,7 @@ using Addresses = std::vector<uintptr_t>;
 using Sizes = std::vector<int64_t>;
 using Codes = std::vector<int>;
 
+constexpr int64_t kPerThread = 1 << 16;  // elements; waking a thread costs as much as fewer take
 constexpr int64_t kStreamed = 4 << 20;  // elements; fewer may still be in cache for who reads them
 
 bool has_avx2() {
@@ -36,6 +37,10 @@ bool has_avx2() {
 #define WARP_FAST_DISPATCH(kernel, call) baseline::kernel(call)
 #endif
 
+int used_threads(int64_t elements, int threads) {
+    return static_cast<int>(std::clamp<int64_t>(elements / kPerThread, 1, threads));
+}
+
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 void ema_update(const Addresses& ema, const Addresses& params, const Addresses& residual,
@@ -43,14 +48,15 @@ void ema_update(const Addresses& ema, const Addresses& params, const Addresses& 
                 const Sizes& first_index, int storage, double rate, uint32_t key_in,
                 uint32_t key_out, int threads) {
     std::vector<EmaEntry> entries;
-    int64_t chunks = 0;
+    int64_t chunks = 0, elements = 0;
     for (size_t t = 0; t < ema.size(); ++t) {
         void* low = storage == kSplit ? pointer(residual[t]) : nullptr;
         entries.push_back({pointer(ema[t]), pointer(params[t]), low, size[t], first_index[t],
                            chunks, ema_code[t], param_code[t]});
         chunks += (size[t] + kEmaChunk - 1) / kEmaChunk;
+        elements += size[t];
     }
-    const int used = static_cast<int>(std::clamp<int64_t>(chunks, 1, threads));
+    const int used = used_threads(elements, threads);
     const EmaCall call{entries.data(), static_cast<int64_t>(entries.size()), chunks,
                        static_cast<Storage>(storage), rate, key_in, key_out, used};
     WARP_FAST_DISPATCH(ema, call);
@@ -80,7 +86,7 @@ struct Merge {
             elements += size[t];
         }
         for (MergeEntry& entry : entries) entry.stream &= elements >= kStreamed;
-        const int used = static_cast<int>(std::clamp<int64_t>(chunks, 1, threads));
+        const int used = used_threads(elements, threads);
         call = {entries.data(), static_cast<int64_t>(entries.size()), chunks, policies, rows,
                 0, nullptr, nullptr, used};
     }

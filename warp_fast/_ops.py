@@ -8,9 +8,10 @@ whether or not its compiled kernel does.
 from __future__ import annotations
 
 import importlib
+import operator
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -51,16 +52,10 @@ def byte_range(tensor: Tensor) -> tuple[int, int]:
     """First and one-past-last byte address that the tensor spans."""
     if tensor.numel() == 0:
         return 0, 0
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-class _Range(NamedTuple):
-    start: int
-    stop: int
-    written: bool
-    position: int
-    dtype: torch.dtype
 
 
 def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: bool) -> None:
@@ -68,30 +63,32 @@ def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: b
 
     same: allow read[i] to occupy exactly the bytes of written[i] (elementwise in-place).
     """
-    ranges = [
-        _Range(*byte_range(tensor), tensors is written, i, tensor.dtype)
-        for tensors in (written, read)
-        for i, tensor in enumerate(tensors)
-        if tensor.numel() > 0
-    ]
-    ranges.sort(key=lambda r: r[:2])
+    # (start, stop, whether written, position, dtype); called for every update, so plain tuples
+    ranges = [(*byte_range(t), True, i, t.dtype) for i, t in enumerate(written)]
+    ranges += [(*byte_range(t), False, i, t.dtype) for i, t in enumerate(read)]
+    ranges.sort(key=_START)
     open_ranges: list[_Range] = []
     for current in ranges:
-        open_ranges = [r for r in open_ranges if r.stop > current.start]
+        start = current[0]
+        if start == current[1]:
+            continue
+        open_ranges = [other for other in open_ranges if other[1] > start]
         for other in open_ranges:
-            if not (current.written or other.written) or (same and _in_place(current, other)):
-                continue
-            raise ValueError(
-                "a tensor that is written must not share memory with another argument; bytes "
-                f"{current.start:#x}..{min(current.stop, other.stop):#x} are in two of them (tied "
-                "weights are passed once)"
-            )
+            if (current[2] or other[2]) and not (same and _in_place(current, other)):
+                raise ValueError(
+                    "a tensor that is written must not share memory with another argument; bytes "
+                    f"{start:#x}..{min(current[1], other[1]):#x} are in two of them (tied weights "
+                    "are passed once)"
+                )
         open_ranges.append(current)
 
 
+_Range: TypeAlias = tuple[int, int, bool, int, torch.dtype]
+_START = operator.itemgetter(0, 1)
+
+
 def _in_place(a: _Range, b: _Range) -> bool:
-    alike = a.position == b.position and a.dtype == b.dtype
-    return alike and a[:2] == b[:2] and a.written != b.written
+    return a[:2] == b[:2] and a[2] != b[2] and a[3:] == b[3:]
 
 
 # --- ema ---------------------------------------------------------------------------------------
