@@ -56,8 +56,12 @@ def _usage() -> str:
 
 def _run(command: str, rest: list[str]) -> int:
     from jsonargparse import ArgumentError, ArgumentParser, Namespace
+    from transformers.utils import logging
 
     from warp_fast import commands
+
+    # ours shows what is going on; theirs would draw over it
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     function: Callable[..., None] = getattr(commands, command)
     parser = ArgumentParser(
