@@ -23,6 +23,7 @@ if DEVICE == "cpu":
 pytest.importorskip("triton", reason="the package triton is not installed")
 gram_pass: Any = importlib.import_module("warp_fast.kernels.gram")
 apply_pass: Any = importlib.import_module("warp_fast.kernels.slerp")
+tables: Any = importlib.import_module("warp_fast.kernels._table")
 if DEVICE == "cpu" and type(gram_pass._gram_kernel).__name__ != "InterpretedFunction":
     raise RuntimeError("something imported triton before this file set TRITON_INTERPRET=1")
 
@@ -226,7 +227,7 @@ def test_elements_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, shift: int) 
 
         monkeypatch.setattr(module, "launches_of", launches_of)
 
-    shifted(gram_pass, gram_pass.tiling(2)[1], True)
+    shifted(tables, gram_pass.tiling(2)[1], True)  # those of the Gram pass
     shifted(apply_pass, apply_pass._BLOCK, False)
     init, policies = weights(2)
     check_gram(init, policies)
