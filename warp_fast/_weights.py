@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warp_fast import _sharded
 from warp_fast.flat import Segment
 
 Weights = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -52,6 +53,8 @@ def layout_of(init: Weights, segments: Any) -> Layout:
 
 
 def _flat_layout(init: Tensor, segments: Sequence[Segment | tuple[int, int]]) -> Layout:
+    if _sharded.is_sharded(init):
+        raise ValueError("a sharded tensor has no segments; give a dict of DTensors instead")
     if init.dim() != 1:
         raise ValueError(f"a tensor with segments must be flat; got shape {tuple(init.shape)}")
     ranges, names, end = [], [], 0
@@ -107,6 +110,7 @@ def matched(
                     f"{role} {m}, {where}: must be {tuple(a.shape)} on {a.device} like init; "
                     f"got {tuple(b.shape)} on {b.device}"
                 )
+            _sharded.check_layout(f"{role} {m}, {where}", b, a)
             if not (a.is_floating_point() and b.is_floating_point()):
                 raise TypeError(f"{role} {m}, {where}: must be floating; got {a.dtype}, {b.dtype}")
         result += [tensor.detach() for tensor in theirs]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from warp_fast._sharded import check_layout, local, with_local
 from warp_fast.ema import ema_update_
 from warp_fast.reference.ema import join_float32, split_float32
 
@@ -29,21 +30,29 @@ class EMAAnchor:
             fp32 average at 4 bytes per parameter; "fp32" keeps fp32 weights in `module` (fp64 for a
             fp64 policy); "bf16" keeps bf16 weights, rounded stochastically, at 2 bytes.
         seed: of the stochastic rounding.
+        module: what becomes the anchor, for a policy that cannot be copied (FSDP2): built, cast to
+            the dtype of the storage and sharded like the policy. Its values are overwritten.
 
     Attributes:
         module: the anchor itself, in eval mode, without gradients; call it like the policy.
         step: updates made since the last reset.
 
     Raises:
-        ValueError: unknown storage, or a rate outside [0, 1]. TypeError: a parameter dtype that
-            the storage cannot hold exactly.
+        ValueError: unknown storage, a rate outside [0, 1], or a module unlike the policy.
+            TypeError: a parameter dtype that the storage cannot hold exactly.
 
     Traffic: an update reads the trainable parameters and reads and writes the average: 10 bytes per
         parameter for split or fp32 storage of a bf16 policy, 6 for bf16.
     """
 
     def __init__(
-        self, policy: nn.Module, rate: float = 0.01, storage: Storage = "split", *, seed: int = 0
+        self,
+        policy: nn.Module,
+        rate: float = 0.01,
+        storage: Storage = "split",
+        *,
+        seed: int = 0,
+        module: nn.Module | None = None,
     ) -> None:
         if storage not in ("split", "fp32", "bf16"):
             raise ValueError(f"storage must be 'split', 'fp32' or 'bf16'; got {storage!r}")
@@ -55,18 +64,16 @@ class EMAAnchor:
         self.seed = seed
         self.step = 0
         trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-        self._averages: dict[str, nn.Parameter] = {}
-        self._residuals: dict[str, Tensor] = {}
-        for name, parameter in trainable.items():
-            average = torch.empty_like(parameter, dtype=_average_dtype(name, parameter, storage))
-            self._averages[name] = nn.Parameter(average, requires_grad=False)
-            if storage == "split":
-                self._residuals[name] = torch.zeros_like(average, dtype=torch.int16)
-        # deepcopy takes from the memo what stands for a parameter already: averages and shared ones
-        stands_for: dict[int, Any] = {id(p): p for p in policy.parameters()}
-        stands_for.update({id(p): self._averages[n] for n, p in trainable.items()})
-        self.module: nn.Module = copy.deepcopy(policy, stands_for)
+        dtypes = {n: _average_dtype(n, p, storage) for n, p in trainable.items()}
+        if module is None:
+            self.module, self._averages = _copied(policy, trainable, dtypes)
+        else:
+            self.module, self._averages = module, _adopted(policy, module, dtypes)
         self.module.eval()
+        self._residuals: dict[str, Tensor] = {}
+        if storage == "split":
+            for name, average in self._averages.items():
+                self._residuals[name] = torch.zeros_like(average, dtype=torch.int16)
         self._sources = list(trainable.values())
         self.reset_()
 
@@ -89,12 +96,13 @@ class EMAAnchor:
     def reset_(self) -> None:
         """Make the anchor an exact copy of the policy again (each run of WARP starts so)."""
         for (name, average), source in zip(self._averages.items(), self._sources, strict=True):
+            value, target = local(source.detach()), local(average)
             if self.storage == "split":
-                high, low = split_float32(source.detach().float())
-                average.copy_(high)
-                self._residuals[name].copy_(low)
+                high, low = split_float32(value.float())
+                target.copy_(high)
+                local(self._residuals[name]).copy_(low)
             else:
-                average.copy_(source)
+                target.copy_(value)
         self._copy_buffers()
         self.step = 0
 
@@ -145,14 +153,53 @@ class EMAAnchor:
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
         """The anchor's weights at full precision (fp32 averages), under the names of the module."""
-        exact = {
-            id(average): join_float32(average.detach(), self._residuals[name])
-            if self.storage == "split"
-            else average.detach().to(torch.promote_types(average.dtype, torch.float32))
-            for name, average in self._averages.items()
-        }
+        exact = {id(average): self._exact(name) for name, average in self._averages.items()}
         tensors = self.module.state_dict(keep_vars=True)
         return {name: exact.get(id(tensor), tensor.detach()) for name, tensor in tensors.items()}
+
+    def _exact(self, name: str) -> Tensor:
+        average = self._averages[name].detach()
+        if self.storage != "split":
+            return average.to(torch.promote_types(average.dtype, torch.float32))
+        joined = join_float32(local(average), local(self._residuals[name]))
+        return with_local(joined, average)
+
+
+def _copied(
+    policy: nn.Module, trainable: dict[str, nn.Parameter], dtypes: dict[str, torch.dtype]
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """A copy of the policy with averages for its trainable parameters; the others are shared."""
+    averages = {
+        name: nn.Parameter(torch.empty_like(p, dtype=dtypes[name]), requires_grad=False)
+        for name, p in trainable.items()
+    }
+    # deepcopy takes from the memo what stands for a parameter already: averages and shared ones
+    stands_for: dict[int, Any] = {id(p): p for p in policy.parameters()}
+    stands_for.update({id(p): averages[name] for name, p in trainable.items()})
+    return copy.deepcopy(policy, stands_for), averages
+
+
+@torch.no_grad()
+def _adopted(
+    policy: nn.Module, module: nn.Module, dtypes: dict[str, torch.dtype]
+) -> dict[str, nn.Parameter]:
+    """The parameters of a given module that are to be averages; frozen ones get their values."""
+    theirs, ours = dict(policy.named_parameters()), dict(module.named_parameters())
+    if theirs.keys() != ours.keys():
+        odd = sorted(theirs.keys() ^ ours.keys())
+        raise ValueError(f"module must have the policy's parameters; differing: {odd[:5]}")
+    for name, parameter in ours.items():
+        dtype = dtypes.get(name, theirs[name].dtype)
+        if parameter.shape != theirs[name].shape or parameter.dtype != dtype:
+            raise ValueError(
+                f"{name} of module must be {tuple(theirs[name].shape)} {dtype}; "
+                f"got {tuple(parameter.shape)} {parameter.dtype}"
+            )
+        check_layout(f"{name} of module", parameter, theirs[name])
+        parameter.requires_grad_(False)
+        if name not in dtypes:
+            parameter.copy_(theirs[name])
+    return {name: ours[name] for name in dtypes}
 
 
 def _average_dtype(name: str, parameter: Tensor, storage: Storage) -> torch.dtype:

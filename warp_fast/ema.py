@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from warp_fast import _ops
+from warp_fast import _ops, _sharded
 from warp_fast._backend import resolve
 
 _PARAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,7 +35,8 @@ def ema_update_(
             (ema << 16) + residual, so the pair is an exact fp32 EMA and `ema` alone its rounding
             to bf16;
             stochastic: bf16, rounded up or down at random, unbiased.
-        params: same count and shapes; bf16, fp16 or fp32 (fp64 with an fp64 ema).
+            DTensors are updated shard by shard, without communication.
+        params: same count, shapes and placements; bf16, fp16 or fp32 (fp64 with an fp64 ema).
         rate: in [0, 1]; a number, or a 0-dim tensor on the device of ema, read on the device (its
             value is not checked).
         residual: selects split storage.
@@ -62,11 +63,13 @@ def ema_update_(
     if not averages:
         return ema
     number, device_rate = _checked_rate(rate, averages[0].device)
-    first_index = [0]
-    for average in averages[:-1]:
-        first_index.append(first_index[-1] + average.numel())
+    first_index, end = [], 0
+    for average in averages:
+        first_index.append(end + (_sharded.first_index(average) if stochastic else 0))
+        end += average.numel()
     op = _ops.EMA_UPDATE[resolve("ema", backend, averages[0].device)]
-    op(averages, values, remainders, number, device_rate, stochastic, seed, step, first_index)
+    shards = [[_sharded.local(x) for x in tensors] for tensors in (averages, values, remainders)]
+    op(*shards, number, device_rate, stochastic, seed, step, first_index)
     return ema
 
 
@@ -104,6 +107,7 @@ def _check(
                     f"{name}[{i}] must be {tuple(average.shape)} on {ema[0].device} like ema; "
                     f"got {tuple(other.shape)} on {other.device}"
                 )
+            _sharded.check_layout(f"{name}[{i}]", other, average)
         if average.device != ema[0].device:
             raise ValueError(f"ema[{i}] must be on {ema[0].device}; got {average.device}")
         _check_dtypes(i, average, value, residual[i] if split else None, stochastic)

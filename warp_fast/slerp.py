@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from warp_fast import _ops, _weights
+from warp_fast import _ops, _sharded, _weights
 from warp_fast._backend import resolve
 from warp_fast._weights import Weights
 
@@ -70,10 +70,18 @@ def gram(
 def _gram(
     layout: _weights.Layout, init: list[Tensor], policies: list[Tensor], backend: str
 ) -> Tensor:
-    init = [tensor.detach() for tensor in init]
     op = _ops.GRAM[resolve("slerp", backend, init[0].device)]
-    result: Tensor = op(init, policies, layout.segment, len(layout.names))
+    counted = [_counted(tensor.detach()) for tensor in init]
+    ends = [_counted(tensor) for tensor in policies]
+    result: Tensor = op(counted, ends, layout.segment, len(layout.names))
+    _sharded.sum_over_ranks_(result, init)
     return result
+
+
+def _counted(tensor: Tensor) -> Tensor:
+    """The local shard; nothing of it where another rank's replica is the one that counts."""
+    shard = _sharded.local(tensor)
+    return shard if _sharded.counted_here(tensor) else shard.flatten()[:0]
 
 
 def slerp_coefficients(gram: Tensor) -> Tensor:
@@ -120,7 +128,8 @@ def slerp(
         out = theta_init + eta * slerp_M(delta_1 .. delta_M)    (arXiv 2406.16768, eq. 2-4 and 26)
 
     Args:
-        init: a tensor, a list of tensors, or a dict of tensors; any mix of float dtypes.
+        init: a tensor, a list of tensors, or a dict of tensors; any mix of float dtypes. DTensors
+            are merged shard by shard, with one all-reduce of the Gram matrices; every rank calls.
         policies: M >= 1 of the same form, names and shapes.
         segments: what shares one angle. For a flat tensor: (start, stop) pairs or
             `FlatParameters.segments` (elements outside them keep the value of init); None is one
@@ -195,7 +204,8 @@ def _merge(
     rows = torch.tensor(etas, dtype=torch.float64).view(-1, 1, 1) * coefficients.cpu()
     written = [tensor.detach() for result in results for tensor in layout.tensors(result)]
     op = _ops.SLERP_APPLY[resolve("slerp", backend, starts[0].device)]
-    op(written, starts, ends, rows, layout.segment)
+    shards = [[_sharded.local(x) for x in tensors] for tensors in (written, starts, ends)]
+    op(*shards, rows, layout.segment)
     for result in results:
         _weights.copy_gaps(layout, init, result)
     merged = results if isinstance(eta, Sequence) else results[0]

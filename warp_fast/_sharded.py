@@ -1,0 +1,100 @@
+"""Sharded tensors (DTensor): local shards for the kernels, and what crosses ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor; where that module was never imported there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    if not is_sharded(tensor):
+        return tensor
+    shard: Any = tensor
+    found: Tensor = shard.to_local()
+    return found
+
+
+def with_local(shard: Tensor, like: Tensor) -> Tensor:
+    """The tensor laid out as `like` of which this rank holds `shard`."""
+    if not is_sharded(like):
+        return shard
+    layout: Any = like
+    found: Tensor = type(layout).from_local(
+        shard,
+        layout.device_mesh,
+        layout.placements,
+        run_check=False,
+        shape=layout.shape,
+        stride=layout.stride(),
+    )
+    return found
+
+
+def check_layout(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Refuse what cannot be combined shard by shard with `like`, or has no value on any rank."""
+    sharded: tuple[Any, Any] = (tensor, like)
+    if is_sharded(tensor) != is_sharded(like):
+        raise ValueError(f"{name} must be sharded like its partner; one is a DTensor, one is not")
+    if not is_sharded(tensor):
+        return
+    placements, expected = (s.placements for s in sharded)
+    if sharded[0].device_mesh != sharded[1].device_mesh or placements != expected:
+        raise ValueError(f"{name} must have placements {expected}; got {placements}")
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"{name} has a Partial placement: no rank holds its value; redistribute it first"
+        )
+
+
+def counted_here(tensor: Tensor) -> bool:
+    """Whether this rank's copy counts in a sum over ranks: the first of all replicas does."""
+    if not is_sharded(tensor):
+        return True
+    sharded: Any = tensor
+    mesh = sharded.device_mesh
+    return all(
+        mesh.get_local_rank(dim) == 0
+        for dim, placement in enumerate(sharded.placements)
+        if placement.is_replicate()
+    )
+
+
+def sum_over_ranks_(values: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Add `values` up over the ranks that share the tensors: one all-reduce per mesh dimension."""
+    first: Any = next((t for t in tensors if is_sharded(t)), None)
+    if first is None:
+        return
+    import torch.distributed as dist
+
+    for dim in range(first.device_mesh.ndim):
+        dist.all_reduce(values, group=first.device_mesh.get_group(dim))
+
+
+def first_index(tensor: Tensor) -> int:
+    """Index, in the whole tensor, of the first local element; they must be neighbours."""
+    if not is_sharded(tensor):
+        return 0
+    sharded: Any = tensor
+    row, rows = 0, tensor.shape[0] if tensor.dim() else 1
+    for dim, placement in enumerate(sharded.placements):
+        if placement.is_replicate():
+            continue
+        if type(placement).__name__ != "Shard" or placement.dim != 0:
+            raise ValueError(
+                "stochastic storage needs tensors sharded along dimension 0, so that random bits "
+                f"do not depend on the sharding; got {placement}"
+            )
+        share = -(-rows // sharded.device_mesh.size(dim))
+        begin = min(sharded.device_mesh.get_local_rank(dim) * share, rows)
+        row, rows = row + begin, min(share, rows - begin)
+    return row * (tensor.numel() // tensor.shape[0] if tensor.dim() and tensor.shape[0] else 1)
