@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from transformers.utils import logging as transformers_logging
 
 from warp_fast.demo import sft
 from warp_fast.rl import WarpConfig, warp
-from warp_fast.rl.evaluate import FrontPoint, read_front
+from warp_fast.rl.evaluate import read_front
 from warp_fast.rl.files import read_json_lines
 from warp_fast.rl.plot import plot_front
 
 DIRECTORY = Path("runs/demo")
 CONFIG = Path(__file__).with_name("warp.yaml")
 SFT_STEPS = 250
-REINFORCE_BETAS = (0.1, 0.02)  # at the paper's beta it saturates; a smaller one goes further
-BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # KL to SFT, nats per completion
+REINFORCE_RATES = (1e-3, 5e-4)  # WARP's learning rate, and the one that is best for REINFORCE
+BUDGETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)  # KL to SFT, nats per completion
 
 
 def main() -> None:
@@ -43,13 +44,14 @@ def main() -> None:
     baseline = start_reinforce(settings)
     console.rule("WARP")
     warp(WarpConfig(**settings))
-    with console.status("waiting for REINFORCE, which samples as many tokens per beta"):
+    with console.status("waiting for REINFORCE, which samples as much in each of its runs"):
         if baseline.wait() != 0:
             sys.exit(f"REINFORCE failed; see {DIRECTORY / 'reinforce.log'}")
     points = read_front(DIRECTORY / "warp" / "front.csv")
-    curves = {f"REINFORCE, SFT anchor, beta {b:g}": trajectory(b) for b in REINFORCE_BETAS}
+    curves = {f"REINFORCE, lr {rate:g}": trajectory(rate) for rate in REINFORCE_RATES}
     plot_front(DIRECTORY / "front.png", points, curves)
-    Console().print(budget_table(points, [p for curve in curves.values() for p in curve]))
+    warp_curve = {f"WARP, lr {settings['learning_rate']:g}": [vars(p) for p in points]}
+    Console().print(budget_table({**warp_curve, **curves}))
     console.print(f"picture: {DIRECTORY / 'front.png'}   report: {DIRECTORY / 'warp/report.md'}")
 
 
@@ -65,18 +67,18 @@ def fit_sft(console: Console) -> None:
         )
 
 
-def reinforce_config(settings: dict[str, Any], beta: float) -> WarpConfig:
+def reinforce_config(settings: dict[str, Any], rate: float) -> WarpConfig:
     """One run against a static SFT anchor with all the steps of WARP's runs together."""
     steps = settings["iterations"] * settings["runs"] * settings["steps"]
     changed = {
-        "output": str(DIRECTORY / f"reinforce-{beta:g}"),
+        "output": str(DIRECTORY / f"reinforce-{rate:g}"),
         "iterations": 1,
         "runs": 1,
         "steps": steps,
-        "beta": beta,
+        "learning_rate": rate,
         "ema_rate": 0.0,
         "sweep": [1.0],
-        "eval_every": steps // 8,
+        "eval_every": steps // 16,
     }
     return WarpConfig(**{**settings, **changed})
 
@@ -85,16 +87,16 @@ def start_reinforce(settings: dict[str, Any]) -> subprocess.Popen[bytes]:
     """Train the baselines, one after the other, in a process beside this one."""
     code = (
         "import torch, yaml; torch.set_num_threads(1); from warp_fast.demo import __main__ as demo;"
-        f"[demo.warp(demo.reinforce_config({settings!r}, beta), progress=False) "
-        "for beta in demo.REINFORCE_BETAS]"
+        f"[demo.warp(demo.reinforce_config({settings!r}, rate), progress=False) "
+        "for rate in demo.REINFORCE_RATES]"
     )
     with open(DIRECTORY / "reinforce.log", "wb") as log:
         return subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
 
 
-def trajectory(beta: float) -> list[dict[str, float]]:
+def trajectory(rate: float) -> list[dict[str, float]]:
     """The evaluations made along a REINFORCE run."""
-    rows = read_json_lines(DIRECTORY / f"reinforce-{beta:g}" / "metrics.jsonl")
+    rows = read_json_lines(DIRECTORY / f"reinforce-{rate:g}" / "metrics.jsonl")
     prefix = "eval_"
     return [
         {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
@@ -103,23 +105,23 @@ def trajectory(beta: float) -> list[dict[str, float]]:
     ]
 
 
-def budget_table(points: list[FrontPoint], baseline: list[dict[str, float]]) -> Table:
-    """The best reward within each KL budget, WARP beside REINFORCE."""
-    table = Table(title="best reward within a KL budget (95 % intervals)")
-    for name in ("KL to SFT, nats", "WARP", "its true score", "REINFORCE", "its true score"):
+def budget_table(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """The best reward of each method within each KL budget, and the true score of that policy."""
+    table = Table(title="best reward within a KL budget, and (true score), 95 % intervals")
+    table.add_column("KL to SFT, nats", justify="right")
+    for name in curves:
         table.add_column(name, justify="right")
     for budget in BUDGETS:
-        cells = []
-        for curve in ([vars(p) for p in points], baseline):
-            within = [p for p in curve if p["kl"] <= budget]
-            best = max(within, key=lambda p: p["reward"], default=None)
-            cells += [_cell(best, "reward"), _cell(best, "held_out")]
-        table.add_row(f"<= {budget:g}", *cells)
+        within = [[p for p in curve if p["kl"] <= budget] for curve in curves.values()]
+        best = [max(points, key=lambda p: p["reward"], default=None) for points in within]
+        table.add_row(f"<= {budget:g}", *map(_cell, best))
     return table
 
 
-def _cell(point: Any, key: str) -> str:
-    return f"{point[key]:.2f} +- {point[f'{key}_ci']:.2f}" if point else "-"
+def _cell(point: Mapping[str, Any] | None) -> str:
+    if point is None:
+        return "-"
+    return f"{point['reward']:.2f} +- {point['reward_ci']:.2f} ({point['held_out']:.2f})"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ from warp_fast.rl.files import replaced
 
 Curve = Sequence[Mapping[str, float]]
 
+_KL_TICKS = (0, 0.5, *(2**i for i in range(12)))
+_COMPARED_COLORS = ("tab:red", "tab:orange", "tab:brown")
+_COMPARED_MARKERS = ("s", "^", "D")
+
 
 def plot_front(
     path: Path, points: Sequence[FrontPoint], compared: Mapping[str, Curve] | None = None
@@ -20,7 +24,7 @@ def plot_front(
     Args:
         path: of the .png.
         points: of the fronts.
-        compared: further curves by label; points with the keys of an Evaluation.
+        compared: further policies by label, drawn as single points; keys of an Evaluation.
     """
     figure_module = _pyplot()
     held_out = any(p.held_out == p.held_out for p in points)
@@ -37,9 +41,15 @@ def plot_front(
             _draw(axis, row, key, name, color=shade, marker="o")
             if name == names[-1]:
                 _name_etas(axis, row, key)
-        for marker, (name, curve) in zip("sv^Dx", (compared or {}).items(), strict=False):
-            _draw(axis, curve, key, name, color="tab:red", marker=marker, linestyle="--")
-        axis.set_xlabel("KL(policy || SFT) per completion, nats")
+        for i, (name, curve) in enumerate((compared or {}).items()):
+            style = {"color": _COMPARED_COLORS[i % 3], "marker": _COMPARED_MARKERS[i % 3]}
+            _draw(axis, curve, key, name, linestyle="none", **style)
+        # the square root keeps both the small KLs and the far ends readable
+        axis.set_xscale("function", functions=(_root, _square))
+        furthest = axis.get_xlim()[1]
+        axis.set_xlim(0, furthest)
+        axis.set_xticks([tick for tick in _KL_TICKS if tick <= furthest], minor=False)
+        axis.set_xlabel("KL(policy || SFT) per completion, nats (square-root scale)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0][0].legend(loc="lower right")
@@ -47,6 +57,14 @@ def plot_front(
     with replaced(path) as aside:
         figure.savefig(aside, dpi=150, format="png")
     figure_module.close(figure)
+
+
+def _root(values: Any) -> Any:
+    return values.clip(min=0) ** 0.5
+
+
+def _square(values: Any) -> Any:
+    return values**2
 
 
 def _draw(axis: Any, row: Curve, key: str, label: str, **style: Any) -> None:
