@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -30,9 +31,19 @@ def _define(name: str, schema: str, kernel: Kernel, fake: Kernel, device: str | 
     """Register one op id and return its overload; device None serves every device."""
     qualified = f"warp_fast::{name}"
     torch.library.define(qualified, schema)
-    torch.library.register_kernel(qualified, device, kernel)
+    torch.library.impl(qualified, device or "default", _untraced(kernel))
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.warp_fast, name).default
+
+
+def _untraced(kernel: Kernel) -> Kernel:
+    """Keep dynamo out of a kernel; unlike register_kernel, without importing it (seconds) first."""
+    untraced: Kernel = torch._disable_dynamo(kernel)
+
+    def run(*arguments: Any) -> Any:
+        return (untraced if "torch._dynamo" in sys.modules else kernel)(*arguments)
+
+    return run
 
 
 def _triton(stem: str, launcher: str) -> Kernel:
