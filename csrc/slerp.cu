@@ -11,7 +11,7 @@ constexpr int kThreads = 256;
 // out_k = init + sum_m coefficients[k, s, m] * (policy_m - init), last block first: what the Gram
 // pass read last is still in L2. Rounded where the reference rounds.
 template <int M, int MODE>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     apply_rows(const int64_t* table, const int32_t* block_entry, int64_t blocks, int policies,
                int64_t rows, int64_t segments, uint64_t codes, int out_code,
                const double* coefficients) {
