@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -130,6 +131,8 @@ def anchor_follows_fsdp2(mesh: Any) -> None:
     anchor.load_state_dict(state)
     for name, average in anchor.state_dict()["averages"].items():
         assert torch.equal(full(average), full(state["averages"][name]))
+    with contextlib.ExitStack() as stack:
+        raises("cannot be swapped", stack.enter_context, anchor.swapped())
     raises("module must have the policy's parameters", EMAAnchor, plain, module=nn.Linear(3, 3))
 
 

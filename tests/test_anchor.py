@@ -155,3 +155,35 @@ def test_refuses() -> None:
     other = EMAAnchor(nn.Linear(2, 2), 0.1)
     with pytest.raises(ValueError, match="differing"):
         anchor.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_swapped_policy_has_the_averages_and_then_its_own(storage: Any, dtype: torch.dtype) -> None:
+    policy = Small(dtype)
+    anchor = EMAAnchor(policy, 0.25, storage)
+    move(policy, 1.0)
+    anchor.update()
+    own = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    averaged = anchor.averaged_state_dict()
+    with pytest.raises(RuntimeError, match="evaluation failed"), anchor.swapped() as swapped:
+        assert swapped is policy and policy.head.weight is policy.embed.weight
+        for name, tensor in policy.state_dict().items():
+            torch.testing.assert_close(tensor.float(), averaged[name].float(), rtol=2**-8, atol=0)
+        raise RuntimeError("evaluation failed")
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(tensor, own[name])
+
+
+@pytest.mark.gpu
+def test_update_on_a_side_stream() -> None:
+    policy = Small(torch.bfloat16).cuda()
+    anchor, expected = (EMAAnchor(policy, 0.25) for _ in range(2))
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    for _ in range(5):
+        move(policy, 0.5)
+        anchor.update(side)
+        torch.cuda.current_stream().wait_stream(side)
+        expected.update()
+    for name, tensor in anchor.averaged_state_dict().items():
+        assert torch.equal(tensor, expected.averaged_state_dict()[name])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from warp_fast._sharded import check_layout, local, with_local
+from warp_fast._sharded import check_layout, is_sharded, local, with_local
 from warp_fast.ema import ema_update_
 from warp_fast.reference.ema import join_float32, split_float32
 
@@ -77,9 +78,21 @@ class EMAAnchor:
         self._sources = list(trainable.values())
         self.reset_()
 
+    def update(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Move the anchor one step toward the policy; call it after every optimizer step.
+
+        stream: do so there, behind what the current stream has to do by now. The current stream
+            must wait for it before the policy changes again or the anchor is used.
+        """
+        if stream is None:
+            self._update()
+            return
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            self._update()
+
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the anchor one step toward the policy; call it after every optimizer step."""
+    def _update(self) -> None:
         ema_update_(
             list(self._averages.values()),
             self._sources,
@@ -91,6 +104,25 @@ class EMAAnchor:
         )
         self._copy_buffers()
         self.step += 1
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[nn.Module]:
+        """The policy with the anchor's weights, as for an evaluation; its own come back after.
+
+        No copy where policy and average have one dtype. Do not train inside. Raises ValueError for
+        a sharded policy: evaluate `module` instead.
+        """
+        if any(is_sharded(source) for source in self._sources):
+            raise ValueError("a sharded policy cannot be swapped; evaluate anchor.module instead")
+        own = [source.data for source in self._sources]
+        try:
+            for source, (name, average) in zip(self._sources, self._averages.items(), strict=True):
+                alike = average.dtype == source.dtype
+                source.data = average.data if alike else self._exact(name).to(source.dtype)
+            yield self.policy
+        finally:
+            for source, data in zip(self._sources, own, strict=True):
+                source.data = data
 
     @torch.no_grad()
     def reset_(self) -> None:
