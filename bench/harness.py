@@ -1,0 +1,259 @@
+"""Correctness first, then time: providers take turns in one process, beside bandwidth probes.
+
+A provider that fails its gate gets no time. Every round runs each provider once, in rotated order,
+so that what else the machine does falls on all of them alike; medians are over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long to measure.
+
+    Attributes:
+        rounds: times per provider.
+        probe_bytes: of one buffer of the probes; several times the last cache.
+        budget: seconds after which a slow provider sits out, but not before three rounds.
+    """
+
+    rounds: int
+    probe_bytes: int = 1 << 28
+    budget: float = 20.0
+
+
+FULL, QUICK = Scale(rounds=15), Scale(rounds=5, probe_bytes=1 << 27, budget=2.0)
+
+
+@dataclass
+class Provider:
+    """One way to do an op.
+
+    Attributes:
+        name: as printed.
+        run: what is timed, on inputs that are made already.
+        error: runs it once on small inputs; the relative error that the gate judges.
+        allowed: largest error that passes.
+        elements, bytes: size of the op, bytes from the function that its docstring states.
+        shown: columns of its own, beside those of the harness.
+        ours: whether it is of this package.
+        prepare: called before every run, untimed.
+        peak: bytes that one run takes at most, where this process is not the one to look at.
+    """
+
+    name: str
+    run: Callable[[], object]
+    error: Callable[[], float]
+    allowed: float
+    elements: int
+    bytes: int
+    shown: dict[str, str] = field(default_factory=dict)
+    ours: bool = False
+    prepare: Callable[[], object] = lambda: None
+    peak: Callable[[], float] | None = None
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A peer that is not installed, and how to get it."""
+
+    name: str
+    install: str
+
+
+@dataclass
+class Result:
+    """What one provider did; `refused` says why it has no times."""
+
+    provider: Provider
+    error: float = math.nan
+    refused: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: float = math.nan
+
+    def quantile(self, q: float) -> float:
+        """Seconds; NaN without times."""
+        if not self.seconds:
+            return math.nan
+        return float(torch.tensor(self.seconds, dtype=torch.float64).quantile(q))
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second at the median."""
+        return self.provider.bytes / self.quantile(0.5)
+
+
+class Clock:
+    """Seconds that the device spent on one call; on CUDA by events, with a cold L2."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self.cold = torch.zeros(4 * cache, dtype=torch.int8, device=device)
+
+    def chill(self) -> None:
+        """Empty the L2 of inputs; on the device still, it hides the launch of what is timed."""
+        if self.cuda:
+            self.cold.max()
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        events: Any = torch.cuda.Event
+        begin, end = events(enable_timing=True), events(enable_timing=True)
+        self.chill()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> float:
+    """Memory that a call takes beyond what is held before it; NaN where nobody can tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        run()
+        return float(torch.cuda.max_memory_allocated(device) - held)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what malloc kept from earlier calls would hide this one
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+    except OSError:
+        run()
+        return math.nan
+    kept = run()
+    peak = _resident("VmHWM") - before
+    del kept
+    return max(0.0, peak)
+
+
+def _resident(what: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def gate(provider: Provider) -> Result:
+    """Run a provider once on small inputs and judge it."""
+    result = Result(provider)
+    try:
+        result.error = provider.error()
+    except Exception as problem:  # a peer that cannot do the op is listed with its own words
+        result.refused = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"
+        return result
+    if not result.error <= provider.allowed:
+        result.refused = f"wrong: error {result.error:.2g}, allowed {provider.allowed:.2g}"
+    return result
+
+
+def measure(providers: Sequence[Provider], device: torch.device, scale: Scale) -> list[Result]:
+    """Gate all, then time those that passed and the bandwidth probes, in turns.
+
+    The inputs of all providers are alive at once. `device` is the one whose clock counts.
+    """
+    probes = bandwidth_probes(device, scale.probe_bytes)
+    results = [gate(provider) for provider in [*probes, *providers]]
+    clock = Clock(device)
+    timed = [result for result in results if result.refused is None]
+    gc.collect()  # garbage that is freed later would hide what a call takes
+    for result in timed:
+        provider = result.provider
+        if provider.peak is None:
+            provider.prepare()
+            provider.run()
+        provider.prepare()
+        result.peak_bytes = provider.peak() if provider.peak else peak_bytes(provider.run, device)
+    for turn in range(scale.rounds):
+        first = turn % max(1, len(timed))
+        for result in [*timed[first:], *timed[:first]]:
+            if turn < 3 or sum(result.seconds) < scale.budget:
+                result.provider.prepare()
+                result.seconds.append(clock.seconds(result.provider.run))
+    return results
+
+
+def bandwidth_probes(device: torch.device, size: int) -> list[Provider]:
+    """What this machine can do: an in-place update stream, a copy and a read of fp32."""
+    x = torch.ones(size // 4, device=device)
+    y = torch.ones_like(x)
+    streams: dict[str, tuple[Callable[[], Tensor], int]] = {
+        "probe: update": (lambda: x.mul_(1.0), 2),
+        "probe: copy": (lambda: y.copy_(x), 2),
+        "probe: read": (lambda: x.sum(), 1),
+    }
+    return [
+        Provider(name, run, lambda: 0.0, 0.0, x.numel(), x.nbytes * touched)
+        for name, (run, touched) in streams.items()
+    ]
+
+
+def relative_error(ours: Sequence[Tensor], gold: Sequence[Tensor]) -> float:
+    """max |ours - gold| / max |gold| over all tensors."""
+    pairs = list(zip(ours, gold, strict=True))
+    worst = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+    return worst / max(float(b.abs().max()) for _, b in pairs)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of a benchmark, as its benchmarks need it."""
+
+    quick: bool
+    device: torch.device
+    scale: Scale
+    output: Path
+    mergekit_python: str
+    directory: Path | None
+
+
+def parse(description: str, given: Sequence[str] | None = None) -> Options:
+    """Read the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
+    parser.add_argument("--rounds", type=int, help="times per provider")
+    parser.add_argument("--threads", type=int, help="CPU threads; default what torch takes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where results are written")
+    parser.add_argument(
+        "--mergekit-python",
+        default=os.environ.get("BENCH_MERGEKIT_PYTHON", ""),
+        help="interpreter that has mergekit, if not this one (or BENCH_MERGEKIT_PYTHON)",
+    )
+    parser.add_argument("--directory", type=Path, help="where bench_merge keeps its checkpoints")
+    read = parser.parse_args(given)
+    if read.threads:
+        torch.set_num_threads(read.threads)
+    scale = QUICK if read.quick else FULL
+    if read.rounds:
+        scale = dataclasses.replace(scale, rounds=read.rounds)
+    return Options(
+        quick=read.quick,
+        device=torch.device(read.device),
+        scale=scale,
+        output=read.output,
+        mergekit_python=read.mergekit_python,
+        directory=read.directory,
+    )
