@@ -1,0 +1,161 @@
+"""The benchmarks: no number on red, all in turn, results on disk; quick paths on tiny sizes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import bench_ema, bench_merge, bench_slerp, peers
+from bench.checkpoints import Model
+from bench.harness import Absent, Provider, Scale, gate, measure, parse, relative_error
+from bench.report import Group, environment, rows, show, stem, write
+from warp_fast import slerp
+
+_TINY = Scale(rounds=2, probe_bytes=1 << 12, budget=1.0)
+_CPU = torch.device("cpu")
+
+
+def _provider(name: str, calls: list[str], error: float = 0.0) -> Provider:
+    return Provider(name, lambda: calls.append(name), lambda: error, 1e-3, 10, 1000)
+
+
+def _raises() -> float:
+    raise TypeError("end must be float\nand more")
+
+
+def test_a_wrong_provider_gets_no_time() -> None:
+    calls: list[str] = []
+    right, wrong = _provider("right", calls), _provider("wrong", calls, error=0.5)
+    nan, raising = _provider("nan", calls, error=float("nan")), _provider("raises", calls)
+    raising.error = _raises
+    results = {r.provider.name: r for r in measure([right, wrong, nan, raising], _CPU, _TINY)}
+    assert set(calls) == {"right"}
+    assert len(results["right"].seconds) == _TINY.rounds
+    for name in ("wrong", "nan", "raises"):
+        assert results[name].seconds == []
+        assert results[name].refused
+    assert results["raises"].refused == "TypeError: end must be float"
+
+
+def test_providers_take_turns() -> None:
+    calls: list[str] = []
+    providers = [_provider(name, calls) for name in "abc"]
+    measure(providers, _CPU, Scale(rounds=6, probe_bytes=1 << 12))
+    timed = calls[6:]  # each ran twice before: to warm up, and for its memory
+    assert [sorted(timed[i : i + 3]) for i in range(0, 18, 3)] == [["a", "b", "c"]] * 6
+    assert {timed[i] for i in range(0, 18, 3)} == {"a", "b", "c"}, "the first one changes"
+
+
+def test_a_slow_provider_sits_out_after_three_rounds() -> None:
+    calls: list[str] = []
+    results = measure([_provider("slow", calls)], _CPU, Scale(9, 1 << 12, budget=0.0))
+    assert len(results[-1].seconds) == 3
+
+
+def test_prepare_runs_before_every_run() -> None:
+    calls: list[str] = []
+    provider = _provider("run", calls)
+    provider.prepare = lambda: calls.append("prepare")
+    measure([provider], _CPU, _TINY)
+    assert calls == ["prepare", "run"] * (len(calls) // 2)
+
+
+def test_results_are_written(tmp_path: Path) -> None:
+    results = measure([_provider("ours", []), _provider("wrong", [], 1.0)], _CPU, _TINY)
+    group = Group("a case", results, [Absent("peer", "pip install peer")], "probe: copy", "ours")
+    stamp = environment(_CPU)
+    table, record = write([group], stamp, "op", tmp_path)
+    lines = [line for line in table.read_text().splitlines() if not line.startswith("#")]
+    found = {line["provider"]: line for line in csv.DictReader(lines)}
+    assert found["ours"]["times base"] == "1.00"
+    assert float(found["ours"]["GB/s"]) > 0
+    assert found["wrong"]["ns/elem"] == ""
+    assert found["wrong"]["ms"].startswith("wrong: error 1")
+    assert found["peer"]["ms"] == "absent: pip install peer"
+    content = json.loads(record.read_text())
+    assert content["environment"] == stamp
+    assert len(content["seconds"]["a case"]["ours"]) == _TINY.rounds
+    assert {"machine", "torch", "commit", "date"} <= stamp.keys()
+
+
+def test_refusals_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    results = measure([_provider("wrong", [], 1.0)], _CPU, _TINY)
+    show(Group("a case", results, [Absent("peer", "pip install peer")], "", ""), Console(width=150))
+    printed = capsys.readouterr().out
+    assert "wrong: wrong: error 1, allowed 0.001" in printed
+    assert "peer: absent: pip install peer" in printed
+    assert "probe: update" in printed
+
+
+def test_quick_results_are_told_apart() -> None:
+    assert stem("ema", _CPU, quick=True) == stem("ema", _CPU, quick=False) + "-quick"
+
+
+def _complete(group: Group, ours: int) -> None:
+    """Our providers passed their gates; the torch peers too."""
+    refused = [(r.provider.name, r.refused) for r in group.results if r.refused]
+    assert not refused
+    assert sum(result.provider.ours for result in group.results) == ours
+    assert group.find(group.stream) and group.find(group.base)
+    assert all(line.keys() == rows(group)[0].keys() for line in rows(group))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_ema_quick_path(dtype: torch.dtype) -> None:
+    group = bench_ema.compare(dtype, bench_ema.GATE, _CPU, _TINY, steps=20)
+    _complete(group, 3 if dtype == torch.bfloat16 else 2)
+
+
+def test_a_bf16_average_stalls_and_ours_does_not() -> None:
+    able, _ = bench_ema.takers(torch.bfloat16)
+    shares = bench_ema.captured(able, torch.bfloat16, steps=1000, weights=2048)
+    assert shares["warp_fast split, float32"] == pytest.approx(1.0, abs=1e-3)
+    assert shares["warp_fast stochastic, bfloat16"] == pytest.approx(1.0, abs=0.1)
+    assert shares["torch _foreach_lerp_, bfloat16"] < 0.2
+
+
+def test_a_wrong_rate_fails_the_gate_of_the_ema() -> None:
+    peer = peers.AveragePeer(
+        "wrong", torch.bfloat16, (torch.bfloat16,), lambda p, r: bench_ema.OURS[2].make(p, 1 - r)
+    )
+    params = [torch.zeros(8, dtype=torch.bfloat16)]
+    assert gate(bench_ema.provider(peer, params)).refused
+
+
+@pytest.mark.parametrize(("runs", "dtype"), bench_slerp.CASES)
+def test_slerp_quick_path(runs: int, dtype: torch.dtype) -> None:
+    _complete(bench_slerp.compare(runs, dtype, [(64, 48), (7,)], _CPU, _TINY), 3)
+
+
+def test_raw_slerp_is_off_warp() -> None:
+    small = bench_slerp.family(bench_slerp.GATE, 2, torch.float32, _CPU)
+    raw = bench_slerp.merge_all(
+        peers.MergePeer("raw", peers.raw_target, peers.raw_target, 2), *small
+    )
+    assert bench_slerp.task_error(raw, *small) == pytest.approx(0.29, abs=0.02)
+
+
+def test_the_peer_in_torch_is_the_reference() -> None:
+    init, policies = bench_slerp.family([(33, 5)], 4, torch.float64, _CPU)
+    recursion = peers.warp_slerp(init[0], [policy[0] for policy in policies])
+    ours = slerp(init, policies, backend="reference")
+    assert relative_error(ours, [recursion]) < 1e-14
+
+
+def test_merge_quick_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_merge.Bench, "our_command", lambda bench: bench.copy(sync=False))
+    monkeypatch.setattr(bench_merge, "has_mergekit", lambda python: False)
+    with bench_merge.benched(Model(1, 16, 32, 2, 8, 64), tmp_path) as bench:
+        group = bench_merge.compare(bench, "python", Scale(1, 1 << 12))
+    _complete(group, 1)
+    assert [absent.name for absent in group.absent] == list(bench_merge.MERGEKIT.values())
+
+
+def test_options() -> None:
+    options = parse("", ["--quick", "--rounds", "2", "--device", "cpu"])
+    assert options.quick and options.scale.rounds == 2 and options.device == _CPU
