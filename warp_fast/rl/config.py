@@ -46,6 +46,7 @@ class WarpConfig:
         temperature: of sampling, and of the log-probabilities of policy and anchor alike.
         max_new_tokens: longest completion.
         eval_samples: completions per evaluated policy.
+        eval_batch_size: of them sampled at a time (default: the batch).
         eval_every: evaluate the policy in training every so many steps; 0 never does.
         save_every: write a checkpoint every so many steps.
         seed: of the prompt order and of sampling.
@@ -86,6 +87,7 @@ class WarpConfig:
     temperature: float = 0.9
     max_new_tokens: int = 256
     eval_samples: int = 256
+    eval_batch_size: int | None = None
     eval_every: int = 0
     save_every: int = 100
     seed: int = 0
@@ -122,8 +124,9 @@ class WarpConfig:
         if self.baseline == "leave_one_out":
             rule = "be at least 2 for the leave_one_out baseline (or set baseline: batch_mean)"
             _require(group >= 2, "samples_per_prompt", rule, group)
-        if self.micro_batch_size is not None:
-            _require(self.micro_batch_size > 0, "micro_batch_size", "be positive", 0)
+        for name in ("micro_batch_size", "eval_batch_size"):
+            size = getattr(self, name)
+            _require(size is None or size > 0, name, "be positive", size)
 
     def steps_of(self, iteration: int) -> int:
         """T of an iteration, counted from 1."""

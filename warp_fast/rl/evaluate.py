@@ -73,7 +73,8 @@ class Evaluator:
         held_out: list[float] = []
         kls: list[float] = []
         lengths: list[int] = []
-        count, size = self.config.eval_samples, self.config.batch_size
+        count = self.config.eval_samples
+        size = self.config.eval_batch_size or self.config.batch_size
         for start in range(0, count, size):
             picked = range(start, min(start + size, count))
             rollout = sample(
