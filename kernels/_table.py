@@ -18,7 +18,7 @@ LANES = 8  # elements: 16 bytes of bf16; runs of 2- and 4-byte elements this lon
 _ALIGNMENT = 16  # bytes of the widest load
 _KEPT = 16  # tables; past that the one used longest ago goes
 
-_CODE = {
+CODE = {
     torch.bfloat16: 0,
     torch.float16: 1,
     torch.float32: 2,
@@ -74,7 +74,7 @@ def entries_of(
         size = tensors[0].numel()
         if any(tensor.numel() != size for tensor in tensors):
             raise ValueError(f"tensor {t} must have one size; got {[x.numel() for x in tensors]}")
-        codes = tuple(_CODE[tensor.dtype] for tensor in tensors)
+        codes = tuple(CODE[tensor.dtype] for tensor in tensors)
         aligned = all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
         whole = size // LANES * LANES if aligned else 0
         for offset, length in ((0, whole), (whole, size - whole)):

@@ -1,0 +1,275 @@
+"""The kernels of the loss: sums over pieces of a row, what they give for the row, the gradient.
+
+u = score of the policy, v = score of the anchor.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from warp_fast.kernels._common import rounded
+from warp_fast.kernels._scores import (
+    base_shift,
+    merged,
+    picked_score,
+    raised,
+    scores,
+    slope,
+    weighed,
+    with_token,
+)
+
+LANES = tl.constexpr(8)  # 16 bytes of bf16, which one thread sums on its own
+REVERSE = tl.constexpr(1)
+FORWARD = tl.constexpr(2)
+
+# fields of a piece: largest u and sum of exp, without the sampled token; sum of exp * (u -
+# largest); the first two of the anchor; sum of exp * (u - v - shift)
+FIELDS = tl.constexpr(6)
+# fields of a row: largest u, 1 / sum of exp, mean of u - largest, probability of the other tokens;
+# the first two of the anchor; the shift, and the mean of u - v - shift
+ROW_FIELDS = tl.constexpr(8)
+
+
+@triton.jit
+def sums_kernel(
+    logits,  # [N, V], rows `stride` apart
+    anchor,  # [N, V], rows `anchor_stride` apart
+    token_ids,  # [N] int64
+    kept,  # [N] uint8
+    sums,  # [N, PIECES, FIELDS]
+    stride,
+    anchor_stride,
+    size,  # V
+    inner: tl.float64,
+    outer: tl.float64,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """Sums over one piece of one row; a row that is not kept costs nothing.
+
+    Traffic: reads each kept row of logits and anchor once.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    n = pid // PIECES
+    if tl.load(kept + n) == 0:
+        return
+    row, anchor_row = logits + n * stride, anchor + n * anchor_stride
+    token = tl.load(token_ids + n)
+    shift = 0.0
+    if EXACT:
+        shift = base_shift(
+            picked_score(row, token, size, inner, outer, SOFTCAP, WIDE),
+            picked_score(anchor_row, token, size, inner, outer, SOFTCAP, WIDE),
+        )
+    total = tl.zeros([VECTORS], tl.float64 if WIDE else tl.float32)
+    weighted, apart, anchor_total = total, total, total
+    top = total - float("inf")
+    anchor_top = top
+
+    lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    first = (pid % PIECES).to(tl.int32) * PIECE
+    for begin in range(first, tl.minimum(first + PIECE, size), VECTORS * LANES):
+        offs = begin + lanes
+        others = (offs < size) & (offs != token)
+        z = tl.load(row + offs, mask=offs < size, other=0.0)
+        u = tl.where(others, scores(z, inner, outer, SOFTCAP, WIDE), float("-inf"))
+        old = top
+        top, base, scale = raised(old, u)
+        u_low = u - base[:, None]
+        e = tl.exp(u_low)
+        if ENTROPY:
+            lowered = weighted + tl.where(total > 0, total * (old - base), 0.0)
+            weighted = lowered * scale + tl.sum(tl.where(e > 0, e * u_low, 0.0), axis=1)
+        total = total * scale + tl.sum(e, axis=1)
+        if ANCHOR:
+            z = tl.load(anchor_row + offs, mask=offs < size, other=0.0)
+            v = tl.where(others, scores(z, inner, outer, SOFTCAP, WIDE), float("-inf"))
+            anchor_top, base, anchor_scale = raised(anchor_top, v)
+            anchor_e = tl.exp(v - base[:, None])
+            anchor_total = anchor_total * anchor_scale + tl.sum(anchor_e, axis=1)
+            if EXACT == REVERSE:
+                apart = weighed(apart, scale) + tl.sum(weighed(u - v - shift, e), axis=1)
+            elif EXACT == FORWARD:
+                difference = weighed(u - v - shift, anchor_e)
+                apart = weighed(apart, anchor_scale) + tl.sum(difference, axis=1)
+
+    place = sums + pid * FIELDS
+    most, scale, total, weighted = merged(top, total, weighted)
+    tl.store(place, most)
+    tl.store(place + 1, total)
+    tl.store(place + 2, weighted)
+    if ANCHOR:
+        most, anchor_scale, total, _ = merged(anchor_top, anchor_total, anchor_total)
+        tl.store(place + 3, most)
+        tl.store(place + 4, total)
+        if EXACT == FORWARD:
+            scale = anchor_scale
+        tl.store(place + 5, tl.sum(weighed(apart, scale), axis=0))
+
+
+@triton.jit
+def _pieces(place, inside):
+    """A field of each piece in fp64: largest score, and the sum after it."""
+    top = tl.load(place, mask=inside, other=float("-inf")).to(tl.float64)
+    return top, tl.load(place + 1, mask=inside, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def row_kernel(
+    logits,
+    anchor,
+    token_ids,
+    kept,
+    sums,  # [N, PIECES, FIELDS]
+    logprobs,  # [N] each; with BACKWARD the rows [N, ROW_FIELDS] instead of the first
+    entropies,
+    anchor_logprobs,
+    kls,
+    stride,
+    anchor_stride,
+    size,
+    inner: tl.float64,
+    outer: tl.float64,
+    PIECES: tl.constexpr,
+    PADDED: tl.constexpr,  # PIECES, up to a power of two
+    SOFTCAP: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """One row from its pieces, in fp64."""
+    n = tl.program_id(0).to(tl.int64)
+    logp = tl.full([], 0.0, tl.float64)
+    entropy, logq, kl = logp, logp, logp
+    if tl.load(kept + n) != 0:
+        token = tl.load(token_ids + n)
+        picked = picked_score(logits + n * stride, token, size, inner, outer, SOFTCAP, WIDE)
+        k = tl.arange(0, PADDED)
+        place, inside = sums + (n * PIECES + k) * FIELDS, k < PIECES
+        top, total = _pieces(place, inside)
+        weighted = tl.load(place + 2, mask=inside, other=0.0).to(tl.float64)
+        piece_top, scale, total, weighted = merged(top, total, weighted)
+        own_u = picked.to(tl.float64)
+        most, others, own, all_, weighted = with_token(piece_top, total, weighted, own_u)
+        logp = -((most - own_u) + tl.log(all_))
+        if ENTROPY:
+            entropy = tl.log(all_) - weighted / all_
+        anchor_most, anchor_all, shift, mean = most, all_, kl, kl
+        if ANCHOR:
+            anchor_row = anchor + n * anchor_stride
+            anchor_picked = picked_score(anchor_row, token, size, inner, outer, SOFTCAP, WIDE)
+            anchor_top, total = _pieces(place + 3, inside)
+            anchor_piece_top, anchor_scale, total, _ = merged(anchor_top, total, total)
+            own_v = anchor_picked.to(tl.float64)
+            anchor_most, _, anchor_own, anchor_all, _ = with_token(
+                anchor_piece_top, total, total, own_v
+            )
+            logq = -((anchor_most - own_v) + tl.log(anchor_all))
+            if EXACT:
+                if EXACT == FORWARD:
+                    scale, own, whole = anchor_scale, anchor_own, anchor_all
+                    raise_ = tl.exp(anchor_piece_top - anchor_most)
+                else:
+                    whole = all_
+                    raise_ = tl.exp(piece_top - most)
+                shift = base_shift(picked, anchor_picked).to(tl.float64)
+                each = tl.load(place + 5, mask=inside, other=0.0).to(tl.float64)
+                mean = weighed(tl.sum(weighed(each, scale), axis=0), raise_)
+                # the shift is the sampled token's own difference, unless that is infinite
+                own_apart = weighed(own_u - own_v, own)
+                mean += tl.where(tl.abs(own_u - own_v) < float("inf"), 0.0, own_apart)
+                mean = mean / whole
+                normalizers = (most - anchor_most - shift) + (tl.log(all_) - tl.log(anchor_all))
+                kl = mean - normalizers
+                if EXACT == FORWARD:
+                    kl = -kl
+                kl = tl.where(kl < 0, 0.0, kl)
+        if BACKWARD:
+            place = logprobs + n * ROW_FIELDS
+            tl.store(place, most)
+            tl.store(place + 1, 1.0 / all_)
+            tl.store(place + 2, weighted / all_)
+            tl.store(place + 3, others / all_)
+            tl.store(place + 4, anchor_most)
+            tl.store(place + 5, 1.0 / anchor_all)
+            tl.store(place + 6, shift)
+            tl.store(place + 7, mean)
+    if not BACKWARD:
+        tl.store(logprobs + n, logp)
+        tl.store(entropies + n, entropy)
+        tl.store(anchor_logprobs + n, logq)
+        tl.store(kls + n, kl)
+
+
+@triton.jit
+def gradient_kernel(
+    upstream,  # [N, 3] of logprobs, entropy, kl
+    logits,
+    anchor,
+    token_ids,
+    kept,
+    rows,  # [N, ROW_FIELDS]
+    out,  # [N, V], rows `out_stride` apart; may be logits
+    stride,
+    anchor_stride,
+    out_stride,
+    size,
+    inner: tl.float64,
+    outer: tl.float64,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    CODE: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """d(upstream . statistics)/d(logits) over one piece of one row; 0 in a row that is not kept.
+
+    Traffic: reads logits, and for an exact KL the anchor; writes out.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    n = pid // PIECES
+    row, anchor_row, out_row = logits + n * stride, anchor + n * anchor_stride, out + n * out_stride
+    lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    first = (pid % PIECES).to(tl.int32) * PIECE
+    end = tl.minimum(first + PIECE, size)
+    if tl.load(kept + n) == 0:
+        zero = tl.zeros([VECTORS, LANES], tl.float32)
+        for begin in range(first, end, VECTORS * LANES):
+            offs = begin + lanes
+            tl.store(out_row + offs, rounded(zero, CODE), mask=offs < size)
+        return
+    token = tl.load(token_ids + n)
+    dlogp, dentropy = tl.load(upstream + n * 3), tl.load(upstream + n * 3 + 1)
+    dkl = tl.load(upstream + n * 3 + 2)
+    place = rows + n * ROW_FIELDS
+    most, share, low = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    rest, anchor_most, anchor_share = tl.load(place + 3), tl.load(place + 4), tl.load(place + 5)
+    shift, mean = tl.load(place + 6), tl.load(place + 7)
+    for begin in range(first, end, VECTORS * LANES):
+        offs = begin + lanes
+        z = tl.load(row + offs, mask=offs < size, other=0.0)
+        u = scores(z, inner, outer, SOFTCAP, WIDE)
+        p = tl.exp(u - most) * share
+        du = tl.where(offs == token, dlogp * rest, -dlogp * p)
+        du -= dentropy * weighed(u - most - low, p)
+        if EXACT:
+            w = tl.load(anchor_row + offs, mask=offs < size, other=0.0)
+            v = scores(w, inner, outer, SOFTCAP, WIDE)
+            if EXACT == REVERSE:
+                du += dkl * weighed(u - v - shift - mean, p)
+            else:
+                du += dkl * (p - tl.exp(v - anchor_most) * anchor_share)
+        dz = du * slope(z, inner, outer, SOFTCAP, WIDE)
+        tl.store(out_row + offs, rounded(dz, CODE), mask=offs < size)

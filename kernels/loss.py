@@ -1,0 +1,201 @@
+"""The statistics of sampled tokens and their gradient in Triton, from rows of logits.
+
+Each row is cut into pieces of a fixed length, one program each: a few rows of a large vocabulary
+use the whole GPU, and a row gives the same bits in any batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from warp_fast.kernels._rows import FIELDS, ROW_FIELDS, gradient_kernel, row_kernel, sums_kernel
+from warp_fast.kernels._table import CODE, on_device
+from warp_fast.reference.loss import Stats, _check_ids, compute_dtype
+
+_WARPS = 4
+# bytes of an element -> vectors of 8 elements at a time: as many as fit in registers
+_VECTORS = {2: 64 * _WARPS, 4: 32 * _WARPS, 8: 16 * _WARPS}
+_PIECE = 1 << 15  # elements of a program: 8 programs for a row of 256k
+_EXACT = {"": 0, "reverse": 1, "forward": 2}
+
+
+class Rows(NamedTuple):
+    """What every launch is about: logits [N, V] of policy and anchor, token_ids and kept [N]."""
+
+    logits: Tensor
+    anchor: Tensor | None
+    token_ids: Tensor
+    kept: Tensor
+    temperature: float
+    softcap: float | None
+    exact_kl: str
+
+    @staticmethod
+    def of(
+        logits: Tensor,
+        anchor: Tensor | None,
+        token_ids: Tensor,
+        kept: Tensor,
+        head: tuple[float, float | None, str],
+    ) -> Rows:
+        """Copy what the kernels cannot address: rows that are not contiguous."""
+        return Rows(
+            _row_major(logits),
+            None if anchor is None else _row_major(anchor),
+            token_ids.contiguous(),
+            kept.contiguous().view(torch.uint8),
+            *head,
+        )
+
+    @property
+    def pieces(self) -> int:
+        return triton.cdiv(self.logits.shape[1], _PIECE)
+
+    def arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[float, float]]:
+        """(tensors, strides, factors inside and outside the tanh) as the kernels take them."""
+        anchor = self.logits if self.anchor is None else self.anchor
+        cap = 1.0 if self.softcap is None else self.softcap
+        return (
+            (self.logits, anchor, self.token_ids, self.kept),
+            (self.logits.stride(0), anchor.stride(0)),
+            (1.0 / cap, cap / self.temperature),
+        )
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        matrices = [x for x in (self.logits, self.anchor) if x is not None]
+        widest = max(x.element_size() for x in matrices)
+        return {"PIECE": _PIECE, "VECTORS": _VECTORS[widest], "num_warps": _WARPS}
+
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "PIECES": self.pieces,
+            "SOFTCAP": self.softcap is not None,
+            "EXACT": _EXACT[self.exact_kl],
+            "WIDE": dtype == torch.float64,
+            # a score must be the same number in every kernel
+            "enable_fp_fusion": False,
+        }
+
+
+def _row_major(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _summed(rows: Rows, out: tuple[Tensor, ...], entropy: bool, backward: bool) -> None:
+    """Fill `out`: four statistics, or with backward what the gradient needs of each row."""
+    count, size = rows.logits.shape
+    tensors, strides, factors = rows.arguments()
+    sums = out[0].new_empty((count, rows.pieces, FIELDS.value))
+    constants = rows.constants(out[0].dtype)
+    constants |= {"ANCHOR": rows.anchor is not None, "ENTROPY": entropy}
+    sums_kernel[(count * rows.pieces,)](
+        *tensors,
+        sums,
+        *strides,
+        size,
+        *factors,
+        **rows.tiles,
+        **constants,
+    )
+    row_kernel[(count,)](
+        *tensors,
+        sums,
+        *(out * 4)[:4],
+        *strides,
+        size,
+        *factors,
+        PADDED=triton.next_power_of_2(rows.pieces),
+        BACKWARD=backward,
+        num_warps=1,
+        **constants,
+    )
+
+
+def row_statistics(rows: Rows, out: Stats, entropy: bool) -> None:
+    """Write the statistics of each kept row, 0 for the others."""
+    if len(rows.logits):
+        with on_device(rows.logits):
+            _summed(rows, out, entropy, backward=False)
+
+
+def row_gradient(rows: Rows, upstream: Tensor, out: Tensor) -> None:
+    """Write dlogits to `out` [N, V], which may be the logits themselves; 0 in rows not kept."""
+    if not len(rows.logits):
+        return
+    count, size = rows.logits.shape
+    tensors, strides, factors = rows.arguments()
+    table = upstream.new_empty((count, ROW_FIELDS.value))
+    with on_device(rows.logits):
+        _summed(rows, (table,), entropy=True, backward=True)
+        gradient_kernel[(count * rows.pieces,)](
+            upstream,
+            *tensors,
+            table,
+            out,
+            *strides,
+            out.stride(0),
+            size,
+            *factors,
+            CODE=CODE[out.dtype],
+            **rows.tiles,
+            **rows.constants(upstream.dtype),
+        )
+
+
+def empty_stats(like: Tensor, count: int, dtype: torch.dtype) -> Stats:
+    return Stats(*[like.new_empty(count, dtype=dtype) for _ in range(4)])
+
+
+def check_on_host(token_ids: Tensor, kept: Tensor, vocabulary: int) -> None:
+    """Refuse ids outside the vocabulary where that waits for no GPU; there they give NaN."""
+    if not token_ids.is_cuda:
+        _check_ids(token_ids, kept.nonzero()[:, 0], vocabulary)
+
+
+def token_stats_triton(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    anchor_logits: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`token_stats_reference`, without waiting for the GPU.
+
+    Traffic: reads each kept row of both once.
+    """
+    check_on_host(token_ids, mask, logits.shape[1])
+    out = empty_stats(logits, len(token_ids), compute_dtype(logits, anchor_logits))
+    head = (temperature, softcap, exact_kl)
+    row_statistics(Rows.of(logits, anchor_logits, token_ids, mask, head), out, entropy)
+    return out
+
+
+def token_stats_backward_triton(
+    upstream: Tensor,
+    logits: Tensor,
+    token_ids: Tensor,
+    anchor_logits: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+) -> Tensor:
+    """`token_stats_backward_reference`, without waiting for the GPU.
+
+    Traffic: reads logits (and for an exact KL the anchor) twice, writes as much once; of a row
+    whose upstream is 0 only the writing.
+    """
+    dlogits = torch.empty_like(logits)
+    out = _row_major(dlogits)
+    anchor = anchor_logits if exact_kl else None
+    head = (temperature, softcap, exact_kl)
+    rows = Rows.of(logits, anchor, token_ids, (upstream != 0).any(1), head)
+    row_gradient(rows, upstream.contiguous(), out)
+    return dlogits if out is dlogits else dlogits.copy_(out)
