@@ -31,6 +31,7 @@ class Variant:
     types: dict[str, str]
     constants: dict[str, int]
     options: dict[str, int | bool]
+    multiples: tuple[str, ...] = ()  # integers known to be multiples of 16, as a usual V is
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,60 @@ def slerp_variants(kernels: Any) -> Iterator[Variant]:
         )
 
 
+# (logits, anchor, exact KL, softcap, V): no anchor; each exact KL; the fp32 logits of a head; an
+# odd vocabulary; fp64
+LOSSES: list[tuple[str, str | None, str, bool, int]] = [
+    ("bf16", None, "", True, 256128),
+    ("bf16", "bf16", "reverse", True, 256128),
+    ("fp32", "fp32", "reverse", True, 256128),
+    ("bf16", "bf16", "reverse", False, 50257),
+    ("fp16", "fp16", "forward", True, 262144),
+    ("fp64", "fp64", "reverse", True, 1024),
+]
+
+
+def loss_variants(kernels: Any) -> Iterator[Variant]:
+    """The three kernels of each, with entropy, as every backward pass has it."""
+    for logits, anchor, exact, softcap, size in LOSSES:
+        fine = "fp64" if logits == "fp64" else "fp32"
+        # the gradient of a head's fp32 logits is rounded for the GEMMs
+        out = "bf16" if logits == "fp32" else logits
+        matrices = {"logits": f"*{logits}", "anchor": f"*{anchor or logits}"}
+        types = {**matrices, "out": f"*{out}", "token_ids": "*i64", "kept": "*u8"}
+        types |= dict.fromkeys(("sums", "rows", "upstream", "logprobs", "entropies"), f"*{fine}")
+        types |= dict.fromkeys(("anchor_logprobs", "kls"), f"*{fine}")
+        types |= dict.fromkeys(("stride", "anchor_stride", "out_stride", "size"), "i32")
+        types |= {"inner": "fp64", "outer": "fp64"}
+        constants: dict[str, int] = {
+            "PIECES": -(-size // kernels._PIECE),
+            "SOFTCAP": softcap,
+            "EXACT": kernels._EXACT[exact],
+            "WIDE": fine == "fp64",
+        }
+        vectors = kernels._VECTORS[{"fp32": 4, "fp64": 8}.get(logits, 2)]
+        tiles: dict[str, int] = {"PIECE": kernels._PIECE, "VECTORS": vectors}
+        sums: dict[str, int] = {"ANCHOR": anchor is not None, "ENTROPY": True}
+        pieces = constants["PIECES"]
+        padded: dict[str, int] = {"PADDED": 1 << (pieces - 1).bit_length()}
+        variants: dict[str, dict[str, int]] = {
+            "sums_kernel": sums | tiles,
+            "row_kernel": sums | padded | {"BACKWARD": False},
+            "gradient_kernel": tiles | {"CODE": CODE[out]},
+        }
+        for kernel, more in variants.items():
+            yield Variant(
+                f"loss {kernel} {logits} {exact}{'' if size % 16 == 0 else ' unaligned'}",
+                kernel,
+                types,
+                constants | more,
+                {
+                    "num_warps": 1 if kernel == "row_kernel" else kernels._WARPS,
+                    "enable_fp_fusion": False,
+                },
+                ("stride", "anchor_stride", "out_stride", "size") if size % 16 == 0 else (),
+            )
+
+
 def compile_variant(kernels: Any, variant: Variant, capability: int) -> Compiled:
     """Compile for one GPU generation and read the result with the tools inside triton."""
     import triton
@@ -157,7 +212,7 @@ def compile_variant(kernels: Any, variant: Variant, capability: int) -> Compiled
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or name in variant.multiples
     }
     source = ASTSource(kernel, signature, variant.constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
@@ -187,7 +242,12 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-VARIANTS = {"ema": ema_variants, "gram": gram_variants, "slerp": slerp_variants}
+VARIANTS = {
+    "ema": ema_variants,
+    "gram": gram_variants,
+    "loss": loss_variants,
+    "slerp": slerp_variants,
+}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ CAPABILITIES = ["80", "90", "100"]
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
-@pytest.mark.parametrize("op", ["ema", "gram", "slerp"])
+@pytest.mark.parametrize("op", ["ema", "gram", "loss", "slerp"])
 def test_triton_kernels_compile_without_spills(op: str, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -36,9 +37,14 @@ def test_triton_kernels_compile_without_spills(op: str, tmp_path: Path) -> None:
     assert [c for c in compiled if c["stack"] or c["local"]] == []
     # 16-byte accesses wherever alignment was promised (fp64 ones have another name)
     for made in compiled:
-        if "fp64" not in made["name"] and made["name"] != "gram sum":
-            promised = "unaligned" not in made["name"]
-            assert (made["wide_loads"] > 0) == promised, made
-            assert (made["wide_stores"] > 0) == (promised and op != "gram"), made
-    # the bits of the EMA and of merged weights are those of unfused fp32 arithmetic
-    assert [c for c in compiled if c["fused_fp32"]] == []
+        name = made["name"]
+        if "fp64" in name or name == "gram sum" or "row_kernel" in name:
+            continue
+        promised = "unaligned" not in name
+        assert (made["wide_loads"] > 0) == promised, made
+        writes = op != "gram" and "sums_kernel" not in name
+        assert (made["wide_stores"] > 0) == (promised and writes), made
+    # the bits of the EMA and of merged weights are those of unfused fp32 arithmetic, and a score of
+    # the loss is the same in both passes over a row; exp and division in fp64 hold such fp32 ones
+    fp64 = [c for c in compiled if op == "loss" and re.search("row_kernel|fp64", c["name"])]
+    assert [c for c in compiled if c["fused_fp32"] and c not in fp64] == []
