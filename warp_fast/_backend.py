@@ -17,7 +17,7 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 # op -> device type -> backends that implement it, best first
 SERVED: dict[str, dict[str, tuple[str, ...]]] = {
-    "loss": {"cpu": ("reference",), "cuda": ("reference",)},
+    "loss": {"cpu": ("reference",), "cuda": ("triton", "reference")},
     "ema": {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
     "slerp": {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
 }
@@ -26,7 +26,7 @@ SERVED: dict[str, dict[str, tuple[str, ...]]] = {
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_DEVICE = "cpu" if INTERPRETED else "cuda"
 if INTERPRETED:
-    for _served in (SERVED["ema"], SERVED["slerp"]):
+    for _served in SERVED.values():
         _served["cpu"] = (*_served["cpu"], "triton")
         _served["cuda"] = tuple(name for name in _served["cuda"] if name != "triton")
 

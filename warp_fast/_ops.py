@@ -341,3 +341,13 @@ TOKEN_STATS["reference"], LINEAR_TOKEN_STATS["reference"] = _define_stats(
     ),
     None,
 )
+TOKEN_STATS["triton"], LINEAR_TOKEN_STATS["triton"] = _define_stats(
+    "triton",
+    (
+        _triton("loss", "token_stats_triton"),
+        _triton("loss", "token_stats_backward_triton"),
+        _triton("linear_loss", "linear_token_stats_triton"),
+        _triton("linear_loss", "linear_token_stats_backward_triton"),
+    ),
+    TRITON_DEVICE,
+)
