@@ -29,7 +29,7 @@ from torch import Tensor
 from bench.bench_slerp import task_error
 from bench.checkpoints import GEMMA_3_270M, SMALL, Model, make_checkpoints
 from bench.harness import Absent, Provider, Scale, measure, parse
-from bench.peers import has_mergekit, mergekit_command
+from bench.peers import mergekit_command, mergekit_version
 from bench.report import Group, environment, publish
 from warp_fast import merge_checkpoints
 
@@ -202,7 +202,7 @@ def compare(bench: Bench, python: str, scale: Scale) -> Group:
     """All merges of one set of checkpoints, in one run."""
     providers = [bench.copy(False), bench.copy(True), bench.ours(), bench.our_command()]
     absent: list[Absent] = []
-    if has_mergekit(python):
+    if mergekit_version(python):
         providers += [bench.mergekit(method, python) for method in MERGEKIT]
     else:
         how = "pip install mergekit, here or under --mergekit-python"
@@ -224,7 +224,7 @@ def test_merge(
     name: str, small: Bench, timed: Callable[[str, Callable[[torch.device], Provider]], None]
 ) -> None:
     python = os.environ.get("BENCH_MERGEKIT_PYTHON") or sys.executable
-    if name in MERGEKIT and not has_mergekit(python):
+    if name in MERGEKIT and not mergekit_version(python):
         pytest.skip("pip install mergekit, or set BENCH_MERGEKIT_PYTHON")
     made = {COPY: lambda: small.copy(False), OURS: small.ours, COMMAND: small.our_command}
     build = made.get(name, lambda: small.mergekit(name, python))
@@ -235,6 +235,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parse(__doc__ or "", given)
     python = options.mergekit_python or sys.executable
     stamp = environment(torch.device("cpu"))
+    stamp["mergekit"] = mergekit_version(python) or "absent"
     with benched(SMALL if options.quick else GEMMA_3_270M, options.directory) as bench:
         group = compare(bench, python, options.scale)
     publish("merge", [group], stamp, dataclasses.replace(options, device=torch.device("cpu")))

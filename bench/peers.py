@@ -216,10 +216,10 @@ def _multislerp(init: Tensor, policies: Tensors) -> Tensor:
     return _mergekit("multislerp", [init, *policies], _wide(init), weight=1.0)
 
 
-def halfway(a: Tensor, b: Tensor, rate: float, flat: float = 1.0) -> Tensor:
-    """slerp(a, b, rate), linear where |cos| is above `flat`."""
+def between(a: Tensor, b: Tensor, rate: float, flat: float | None = None) -> Tensor:
+    """slerp(a, b, rate), linear where |cos| is above `flat`; without it nothing waits for a GPU."""
     cosine = torch.clamp((a * b).sum() / (a.norm() * b.norm()), -1, 1)
-    if abs(cosine.item()) > flat:
+    if flat is not None and abs(cosine.item()) > flat:
         return (1 - rate) * a + rate * b
     angle = torch.acos(cosine)
     return (torch.sin((1 - rate) * angle) * a + torch.sin(rate * angle) * b) / torch.sin(angle)
@@ -230,13 +230,13 @@ def warp_slerp(init: Tensor, policies: Tensors) -> Tensor:
     start = init.to(_wide(init))
     total = policies[0].to(start.dtype) - start
     for m, policy in enumerate(policies[1:], 2):
-        total = halfway(total, policy.to(start.dtype) - start, 1 / m)
+        total = between(total, policy.to(start.dtype) - start, 1 / m)
     return (start + total).to(init.dtype)
 
 
 def raw_target(init: Tensor, policies: Tensors) -> Tensor:
     first, second = (policy.double() for policy in policies)
-    return halfway(first, second, 0.5, flat=0.9995)
+    return between(first, second, 0.5, flat=0.9995)
 
 
 def _multislerp_target(init: Tensor, policies: Tensors) -> Tensor:
@@ -271,9 +271,11 @@ def mergekit_command(python: str, config: Path) -> list[str]:
     return [python, "-m", "mergekit.scripts.run_yaml", *options, str(config)]
 
 
-def has_mergekit(python: str) -> bool:
-    asked = [python, "-c", "import mergekit.scripts.run_yaml"]
-    return subprocess.run(asked, capture_output=True).returncode == 0
+def mergekit_version(python: str) -> str | None:
+    """The version of mergekit that an interpreter can run, or None."""
+    look = "import mergekit.scripts.run_yaml, importlib.metadata as m; print(m.version('mergekit'))"
+    done = subprocess.run([python, "-c", look], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def rerun_under(python: str, module: str, given: Sequence[str] | None) -> NoReturn:

@@ -149,7 +149,7 @@ def test_the_peer_in_torch_is_the_reference() -> None:
 
 def test_merge_quick_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_merge.Bench, "our_command", lambda bench: bench.copy(sync=False))
-    monkeypatch.setattr(bench_merge, "has_mergekit", lambda python: False)
+    monkeypatch.setattr(bench_merge, "mergekit_version", lambda python: None)
     with bench_merge.benched(Model(1, 16, 32, 2, 8, 64), tmp_path) as bench:
         group = bench_merge.compare(bench, "python", Scale(1, 1 << 12))
     _complete(group, 1)
