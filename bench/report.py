@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import json
@@ -12,6 +13,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -50,12 +52,22 @@ def environment(device: torch.device) -> dict[str, str]:
         "machine": machine(device),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **_versions("torch", "triton", "timm", "ema-pytorch", "mergekit"),
+        "cuda": torch.version.cuda or "none",
         "backends": ", ".join(n for n in _backend.BACKENDS if _backend.MISSING[n] is None),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "load": f"{os.getloadavg()[0]:.2f} processes wanted to run during the minute before",
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def machine(device: torch.device) -> str:
