@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from warp_fast._backend import TRITON_DEVICE
 from warp_fast.native import ema as native_ema
@@ -38,7 +39,7 @@ def _define(name: str, schema: str, kernel: Kernel, fake: Kernel, device: str | 
 
 def _untraced(kernel: Kernel) -> Kernel:
     """Keep dynamo out of a kernel; unlike register_kernel, without importing it (seconds) first."""
-    untraced: Kernel = torch._disable_dynamo(kernel)
+    untraced: Kernel = _disable_dynamo(kernel)
 
     def run(*arguments: Any) -> Any:
         return (untraced if "torch._dynamo" in sys.modules else kernel)(*arguments)

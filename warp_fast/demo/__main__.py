@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -107,10 +108,10 @@ def trajectory(rate: float) -> list[dict[str, float]]:
 
 def budget_table(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     """The best reward of each method within each KL budget, and the true score of that policy."""
-    table = Table(title="best reward within a KL budget, and (true score), 95 % intervals")
-    table.add_column("KL to SFT, nats", justify="right")
-    for name in curves:
-        table.add_column(name, justify="right")
+    title = "best reward within a KL budget, 95 % interval (its true score)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("KL, nats", *curves):
+        table.add_column(name, justify="right", no_wrap=True)
     for budget in BUDGETS:
         within = [[p for p in curve if p["kl"] <= budget] for curve in curves.values()]
         best = [max(points, key=lambda p: p["reward"], default=None) for points in within]

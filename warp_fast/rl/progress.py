@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -84,19 +85,23 @@ class Display:
 
 def front_table(points: list[FrontPoint]) -> Table:
     """The front as a rich table."""
-    table = Table(title="KL-reward front (95 % intervals)")
+    # narrow enough for a terminal of 80 columns
+    table = Table(
+        title="KL-reward front (95 % intervals)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for name in ("policy", "eta", "KL to SFT, nats", "reward", "held-out", "length"):
-        table.add_column(name, justify="right", no_wrap=name == "policy")
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = ""
     for p in points:
-        held_out = f"{p.held_out:.3f} +- {p.held_out_ci:.3f}" if p.held_out == p.held_out else "-"
         table.add_row(
-            p.policy,
+            p.policy if p.policy != shown else "",
             f"{p.eta:g}",
             f"{p.kl:.3f} +- {p.kl_ci:.3f}",
-            f"{p.reward:.3f} +- {p.reward_ci:.3f}",
-            held_out,
+            f"{p.reward:.2f} +- {p.reward_ci:.2f}",
+            f"{p.held_out:.2f} +- {p.held_out_ci:.2f}" if p.held_out == p.held_out else "-",
             f"{p.length:.1f}",
         )
+        shown = p.policy
     return table
 
 
