@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-OPS = ("ema", "gram", "slerp")
+OPS = dict(cpu="ema gram loss slerp", avx2="ema gram loss slerp", cuda="ema gram slerp")
 
 
 def cuda_archs() -> str:
@@ -32,7 +32,7 @@ def cuda_archs() -> str:
 def ninja_file(target: str, archs: str) -> str:
     x86 = platform.machine() == "x86_64"
     parts = ["cpu"] + ["avx2"] * x86 + ["cuda"] * bool(archs)
-    objects = " ".join(["bindings.o", *(f"{op}.{part}.o" for op in OPS for part in parts)])
+    objects = " ".join(["bindings.o", *(f"{op}.{p}.o" for p in parts for op in OPS[p].split())])
     return f"""src = {ROOT}/csrc
 cxx = {os.environ.get("CXX", "c++")}
 defines = {"-DWARP_FAST_HAS_AVX2" * x86}

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <tuple>
 #include <vector>
 
 #include "cpu.h"
@@ -128,6 +129,44 @@ void slerp_apply(const Addresses& addresses, const Codes& codes, const Sizes& si
     WARP_FAST_DISPATCH(apply, merge.call);
 }
 
+// address or 0, elements from row to row, dtype code
+using Matrix = std::tuple<uintptr_t, int64_t, int>;
+
+LossMatrix loss_matrix(const Matrix& of) {
+    return {pointer(std::get<0>(of)), std::get<1>(of), std::get<2>(of)};
+}
+
+LossCall loss_call(const Matrix& logits, const Matrix& anchor, uintptr_t index, uintptr_t token_ids,
+                   int64_t rows, int64_t width, int64_t first, double softcap, double temperature,
+                   int threads) {
+    const int64_t worth = 1 + rows * width / kPerThread;
+    const int used = static_cast<int>(std::clamp<int64_t>(std::min(rows, worth), 1, threads));
+    return {loss_matrix(logits), loss_matrix(anchor), {}, static_cast<int64_t*>(pointer(index)),
+            static_cast<int64_t*>(pointer(token_ids)), nullptr, nullptr, rows, width, first,
+            softcap, temperature, false, kNoKl, used};
+}
+
+void loss_stats(const Matrix& logits, const Matrix& anchor, uintptr_t index, uintptr_t token_ids,
+                int64_t rows, int64_t width, int64_t first, double softcap, double temperature,
+                int threads, uintptr_t state, bool entropy, int exact_kl) {
+    LossCall call = loss_call(logits, anchor, index, token_ids, rows, width, first, softcap,
+                              temperature, threads);
+    call.state = static_cast<double*>(pointer(state));
+    call.entropy = entropy;
+    call.exact_kl = static_cast<ExactKl>(exact_kl);
+    WARP_FAST_DISPATCH(loss_stats, call);
+}
+
+void loss_gradient(const Matrix& logits, const Matrix& anchor, uintptr_t index, uintptr_t token_ids,
+                   int64_t rows, int64_t width, int64_t first, double softcap, double temperature,
+                   int threads, const Matrix& gradient, uintptr_t coefficients) {
+    LossCall call = loss_call(logits, anchor, index, token_ids, rows, width, first, softcap,
+                              temperature, threads);
+    call.gradient = loss_matrix(gradient);
+    call.coefficients = static_cast<const float*>(pointer(coefficients));
+    WARP_FAST_DISPATCH(loss_gradient, call);
+}
+
 }  // namespace
 }  // namespace warp_fast
 
@@ -138,6 +177,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("ema_update", &ema_update, unlocked);
     m.def("gram", &gram, unlocked);
     m.def("slerp_apply", &slerp_apply, unlocked);
+    m.def("loss_stats", &loss_stats, unlocked);
+    m.def("loss_gradient", &loss_gradient, unlocked);
+    m.attr("LOSS_STATE") = static_cast<int>(kStateWidth);
     m.attr("instructions") = has_avx2() ? "avx2" : "baseline";
 #ifdef WARP_FAST_HAS_CUDA
     m.attr("has_cuda") = true;

@@ -1,6 +1,6 @@
-// The CPU kernels: what bindings.cpp calls and ema.cpp, gram.cpp and slerp.cpp define.
+// The CPU kernels: what bindings.cpp calls and ema.cpp, gram.cpp, loss.cpp and slerp.cpp define.
 //
-// Those three are compiled once per instruction set, each time into a namespace of its own
+// Those four are compiled once per instruction set, each time into a namespace of its own
 // (WARP_FAST_ISA), so they use nothing from the standard library that a linker could share.
 #pragma once
 
@@ -50,10 +50,50 @@ struct MergeCall {
     int threads;
 };
 
+// the columns of one row of LossCall.state; the anchor has a side of its own, in whose last column
+// is the cross sum of the exact KL
+enum LossState : int { kMax, kSum, kTarget, kMoment, kSideWidth, kCross = 7, kStateWidth = 8 };
+
+// the columns of one row of LossCall.coefficients
+enum LossCoefficient : int {
+    kShift,          // the maximum score
+    kFactor,         // A of block_gradient, over the sum
+    kMomentFactor,   // B, over the sum
+    kCrossFactor,    // C, over the sum
+    kAnchorShift,    // the maximum score of the anchor
+    kAnchorFactor,   // Q, over the sum of the anchor
+    kTargetFactor,   // what the sampled token has besides
+    kCoefficients
+};
+
+enum ExactKl : int { kNoKl = 0, kReverse = 1, kForward = 2 };
+
+struct LossMatrix {
+    void* address;  // or null
+    int64_t stride;
+    int code;
+};
+
+// a block of columns of some rows of logits
+struct LossCall {
+    LossMatrix logits, anchor, gradient;  // gradient may be logits
+    const int64_t* index;                 // [rows], which rows of the matrices; null for the first
+    const int64_t* token_ids;             // [rows]
+    double* state;                        // [rows, kStateWidth]
+    const float* coefficients;            // [rows, kCoefficients]
+    int64_t rows, width, first;           // first: the vocabulary index of the first column
+    double softcap, temperature;          // softcap 0: none
+    bool entropy;
+    ExactKl exact_kl;
+    int threads;
+};
+
 namespace baseline {
 void ema(const EmaCall& call);
 void gram(const MergeCall& call);
 void apply(const MergeCall& call);
+void loss_stats(const LossCall& call);
+void loss_gradient(const LossCall& call);
 }  // namespace baseline
 
 #ifdef WARP_FAST_HAS_AVX2
@@ -61,6 +101,8 @@ namespace avx2 {
 void ema(const EmaCall& call);
 void gram(const MergeCall& call);
 void apply(const MergeCall& call);
+void loss_stats(const LossCall& call);
+void loss_gradient(const LossCall& call);
 }  // namespace avx2
 #endif
 

@@ -1,0 +1,273 @@
+// Rows of logits on CPU: running softmax statistics of a block of columns, and their gradient.
+//
+// u = softcap tanh(z / softcap) / temperature. A row is taken kBlock columns at a time, each block
+// through a buffer in the first-level cache; sums are in fp32 inside a block and in fp64 between
+// blocks, in an order that depends on neither the threads nor on other rows.
+#include "cpu.h"
+#include "simd.h"
+
+namespace warp_fast {
+namespace {
+
+constexpr int64_t kBlock = 512;
+constexpr float kInfinity = __builtin_inff();
+constexpr float kNothing = -200;  // exp is 0 here, and 0 times this is 0
+
+struct alignas(32) Block {
+    float x[kBlock];
+};
+
+WARP_FAST_INLINE f32x8 all(float value) { return f32x8{} + value; }
+
+WARP_FAST_INLINE f32x8 at(const Block& block, int64_t j) {
+    return load_bytes<f32x8>(reinterpret_cast<const char*>(block.x + j), sizeof(f32x8));
+}
+
+WARP_FAST_INLINE void put(Block& block, int64_t j, f32x8 value) {
+    std::memcpy(block.x + j, &value, sizeof(value));
+}
+
+// within 2 ulp from the smallest subnormal number to infinity; NaN stays
+WARP_FAST_INLINE f32x8 exponential(f32x8 x) {
+    x = x < all(-104) ? all(-104) : x;
+    x = x > all(89) ? all(89) : x;
+    const f32x8 rounder = all(0x1.8p23f);
+    const f32x8 shifted = x * 0x1.715476p0f + rounder;
+    const f32x8 n = shifted - rounder;
+    // ln 2 in two parts, the first short enough for n times it to be exact
+    const f32x8 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    f32x8 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * (r * r) + r) + 1.0f;
+    // two powers of two, since one alone would overflow where the product is subnormal
+    const i32x8 k = bit_cast<i32x8>(shifted) - bit_cast<i32x8>(rounder);
+    const i32x8 half = k >> 1;
+    return p * bit_cast<f32x8>((half + 127) << 23) * bit_cast<f32x8>((k - half + 127) << 23);
+}
+
+// within 2 ulp; exactly 1 from 9.1 on
+WARP_FAST_INLINE f32x8 tangent(f32x8 x) {
+    const u32x8 sign = bit_cast<u32x8>(x) & 0x80000000u;
+    const f32x8 size = bit_cast<f32x8>(bit_cast<u32x8>(x) ^ sign);
+    const f32x8 large = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
+    const f32x8 s = x * x;
+    f32x8 p = s * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * s - 5.37397155531e-2f;
+    p = p * s + 1.33314422036e-1f;
+    p = p * s - 3.33332819422e-1f;
+    const f32x8 small = p * s * x + x;
+    return size < all(0.625f) ? small : bit_cast<f32x8>(bit_cast<u32x8>(large) | sign);
+}
+
+WARP_FAST_INLINE float sum8(f32x8 v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+template <int CODE>
+void load_block(const void* base, int64_t first, int64_t count, Block& block) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+        const Lanes lanes = load<CODE>(base, first + j, count - j);
+        put(block, j, lanes.a);
+        put(block, j + 8, lanes.b);
+    }
+}
+
+template <int CODE>
+void store_block(void* base, int64_t first, int64_t count, const Block& block) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+        store<CODE>(base, first + j, {at(block, j), at(block, j + 8)}, count - j, false);
+    }
+}
+
+void load_columns(const LossMatrix& from, int64_t first, int64_t count, Block& block) {
+    switch (from.code) {
+        case kBf16:
+            return load_block<kBf16>(from.address, first, count, block);
+        case kFp16:
+            return load_block<kFp16>(from.address, first, count, block);
+        default:
+            return load_block<kFp32>(from.address, first, count, block);
+    }
+}
+
+void store_columns(const LossMatrix& to, int64_t first, int64_t count, const Block& block) {
+    switch (to.code) {
+        case kBf16:
+            return store_block<kBf16>(to.address, first, count, block);
+        case kFp16:
+            return store_block<kFp16>(to.address, first, count, block);
+        default:
+            return store_block<kFp32>(to.address, first, count, block);
+    }
+}
+
+// u of some columns, -inf behind the last; slope: du/dz times the temperature, if there is a cap
+void scores(const LossCall& call, const LossMatrix& matrix, int64_t first, int64_t count, Block& u,
+            Block* slope) {
+    load_columns(matrix, first, count, u);
+    const float scale = static_cast<float>((call.softcap > 0 ? call.softcap : 1) / call.temperature);
+    if (call.softcap > 0) {
+        const float narrow = static_cast<float>(1 / call.softcap);
+        for (int64_t j = 0; j < count; j += 8) {
+            const f32x8 x = tangent(at(u, j) * narrow);
+            if (slope) put(*slope, j, 1.0f - x * x);
+            put(u, j, x * scale);
+        }
+    } else if (scale != 1) {
+        for (int64_t j = 0; j < count; j += 8) put(u, j, at(u, j) * scale);
+    }
+    for (int64_t j = count; j % kLanes; ++j) u.x[j] = -kInfinity;
+}
+
+float largest(const Block& u, int64_t count) {
+    f32x8 best = all(-kInfinity), also = best;
+    for (int64_t j = 0; j < count; j += kLanes) {
+        best = at(u, j) > best ? at(u, j) : best;
+        also = at(u, j + 8) > also ? at(u, j + 8) : also;
+    }
+    best = also > best ? also : best;
+    float top = best[0];
+    for (int lane = 1; lane < 8; ++lane) top = best[lane] > top ? best[lane] : top;
+    return top;
+}
+
+// Move the sums of one side to a new maximum; moment and cross are sums with its weights, or null.
+void lift(double* side, float top, double* moment, double* cross) {
+    const double step = side[kMax] - top;
+    if (!(step < 0)) return;
+    const double factor = __builtin_exp(step);
+    if (moment) *moment = factor > 0 ? factor * (*moment + step * side[kSum]) : 0;
+    side[kSum] *= factor;
+    if (cross) *cross = factor > 0 ? factor * *cross : 0;
+    side[kMax] = top;
+}
+
+// a row of nothing but -inf has no maximum to subtract
+float shift_of(const double* side) {
+    return side[kMax] == -static_cast<double>(kInfinity) ? 0 : static_cast<float>(side[kMax]);
+}
+
+// Add a block to one side, and to its moment if there is one. cross: the sum of e (u - other).
+template <bool MOMENT, bool CROSS>
+void add_block(double* side, const Block& u, int64_t count, double* moment, const Block& other,
+               double* cross) {
+    const f32x8 shift = all(shift_of(side));
+    f32x8 sum[2] = {}, moments[2] = {}, crosses[2] = {};
+    for (int64_t j = 0; j < count; j += kLanes) {
+        // two at a time: one alone waits for itself
+        for (int i = 0; i < 2; ++i) {
+            const f32x8 score = at(u, j + 8 * i), d = score - shift, e = exponential(d);
+            sum[i] += e;
+            if (MOMENT) moments[i] += e * (d < all(kNothing) ? all(kNothing) : d);
+            if (CROSS) crosses[i] += e == all(0) ? all(0) : e * (score - at(other, j + 8 * i));
+        }
+    }
+    side[kSum] += sum8(sum[0] + sum[1]);
+    if (MOMENT) *moment += sum8(moments[0] + moments[1]);
+    if (CROSS) *cross += sum8(crosses[0] + crosses[1]);
+}
+
+void add_block(double* side, const Block& u, int64_t count, double* moment, const Block& other,
+               double* cross) {
+    if (moment && cross) return add_block<true, true>(side, u, count, moment, other, cross);
+    if (moment) return add_block<true, false>(side, u, count, moment, other, cross);
+    if (cross) return add_block<false, true>(side, u, count, moment, other, cross);
+    add_block<false, false>(side, u, count, moment, other, cross);
+}
+
+LossMatrix row_of(const LossMatrix& matrix, int64_t row) {
+    const int64_t bytes = matrix.code == kFp32 ? 4 : 2;
+    char* base = static_cast<char*>(matrix.address) + row * matrix.stride * bytes;
+    return {base, matrix.stride, matrix.code};
+}
+
+void row_stats(const LossCall& call, int64_t row) {
+    Block u, v;
+    const int64_t source = call.index ? call.index[row] : row;
+    const int64_t target = call.token_ids[row] - call.first;
+    const LossMatrix logits = row_of(call.logits, source), anchor = row_of(call.anchor, source);
+    double* side = call.state + row * kStateWidth;
+    double* anchor_side = side + kSideWidth;
+    double* moment = call.entropy ? side + kMoment : nullptr;
+    double* reverse = call.exact_kl == kReverse ? side + kCross : nullptr;
+    double* forward = call.exact_kl == kForward ? side + kCross : nullptr;
+    for (int64_t j = 0; j < call.width; j += kBlock) {
+        const int64_t count = call.width - j < kBlock ? call.width - j : kBlock;
+        const bool here = j <= target && target < j + count;
+        scores(call, logits, j, count, u, nullptr);
+        lift(side, largest(u, count), moment, reverse);
+        if (here) side[kTarget] = u.x[target - j];
+        if (anchor.address) {
+            scores(call, anchor, j, count, v, nullptr);
+            lift(anchor_side, largest(v, count), nullptr, forward);
+            if (here) anchor_side[kTarget] = v.x[target - j];
+            add_block(anchor_side, v, count, nullptr, u, forward);
+        }
+        add_block(side, u, count, moment, v, reverse);
+    }
+}
+
+// du = p (A + B (u - max) + C (u - v)) - Q q, all divided by the temperature
+template <bool ENTROPY, bool ANCHOR>
+void block_gradient(const float* c, Block& u, const Block& v, int64_t count) {
+    const bool forward = ANCHOR && c[kAnchorFactor] != 0;
+    for (int64_t j = 0; j < count; j += 8) {
+        const f32x8 score = at(u, j), d = score - c[kShift], e = exponential(d);
+        f32x8 slope = all(c[kFactor]);
+        if (ENTROPY) slope += d * c[kMomentFactor];
+        if (ANCHOR) slope += (score - at(v, j)) * c[kCrossFactor];
+        f32x8 du = e * slope;
+        if (ENTROPY || ANCHOR) du = e == all(0) ? all(0) : du;
+        if (forward) du -= exponential(at(v, j) - c[kAnchorShift]) * c[kAnchorFactor];
+        put(u, j, du);
+    }
+}
+
+void block_gradient(const float* c, Block& u, const Block& v, int64_t count) {
+    const bool anchor = c[kCrossFactor] != 0 || c[kAnchorFactor] != 0;
+    if (c[kMomentFactor] != 0) {
+        return anchor ? block_gradient<true, true>(c, u, v, count)
+                      : block_gradient<true, false>(c, u, v, count);
+    }
+    anchor ? block_gradient<false, true>(c, u, v, count)
+           : block_gradient<false, false>(c, u, v, count);
+}
+
+void row_gradient(const LossCall& call, int64_t row) {
+    Block u, v, slope;
+    const int64_t source = call.index ? call.index[row] : row;
+    const int64_t target = call.token_ids[row] - call.first;
+    const LossMatrix logits = row_of(call.logits, source), anchor = row_of(call.anchor, source);
+    const LossMatrix gradient = row_of(call.gradient, source);
+    const float* c = call.coefficients + row * kCoefficients;
+    const bool capped = call.softcap > 0;
+    for (int64_t j = 0; j < call.width; j += kBlock) {
+        const int64_t count = call.width - j < kBlock ? call.width - j : kBlock;
+        scores(call, logits, j, count, u, &slope);
+        if (anchor.address) scores(call, anchor, j, count, v, nullptr);
+        block_gradient(c, u, v, count);
+        if (j <= target && target < j + count) u.x[target - j] += c[kTargetFactor];
+        for (int64_t i = 0; capped && i < count; i += 8) put(u, i, at(u, i) * at(slope, i));
+        store_columns(gradient, j, count, u);
+    }
+}
+
+template <class Body>
+void for_each_row(const LossCall& call, Body body) {
+#pragma omp parallel for schedule(static) num_threads(call.threads)
+    for (int64_t row = 0; row < call.rows; ++row) body(call, row);
+}
+
+}  // namespace
+
+namespace WARP_FAST_ISA {
+
+void loss_stats(const LossCall& call) { for_each_row(call, row_stats); }
+
+void loss_gradient(const LossCall& call) { for_each_row(call, row_gradient); }
+
+}  // namespace WARP_FAST_ISA
+}  // namespace warp_fast
