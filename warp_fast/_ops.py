@@ -240,52 +240,74 @@ SLERP_APPLY = {
 _HEAD = "float temperature, float? softcap, str exact_kl"
 _STATS_SCHEMA = (
     "(Tensor logits, Tensor token_ids, Tensor mask, Tensor? anchor_logits, "
-    f"{_HEAD}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{_HEAD}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _STATS_BACKWARD_SCHEMA = (
-    f"(Tensor upstream, Tensor logits, Tensor token_ids, Tensor? anchor_logits, {_HEAD}) -> Tensor"
+    f"(Tensor upstream, Tensor logits, Tensor token_ids, Tensor? anchor_logits, {_HEAD}, "
+    "Tensor? state=None) -> Tensor"
 )
 _LINEAR_STATS_SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor token_ids, Tensor mask, Tensor? anchor_hidden, "
-    f"Tensor? anchor_weight, {_HEAD}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor? anchor_weight, {_HEAD}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LINEAR_STATS_BACKWARD_SCHEMA = (
     "(Tensor upstream, Tensor hidden, Tensor weight, Tensor token_ids, Tensor? anchor_hidden, "
-    f"Tensor? anchor_weight, {_HEAD}, bool needs_hidden, bool needs_weight) -> (Tensor, Tensor)"
+    f"Tensor? anchor_weight, {_HEAD}, bool needs_hidden, bool needs_weight, "
+    "Tensor? state=None) -> (Tensor, Tensor)"
 )
 
 
-def _fake_stats(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
-    rows, dtype = tensors[0].shape[0], reference_loss.compute_dtype(*tensors)
-    return tuple(tensors[0].new_empty(rows, dtype=dtype) for _ in range(4))
+def _fake_stats(state: int) -> Kernel:
+    """state: the columns of the last output, which the gradient takes back."""
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+        rows, dtype = tensors[0].shape[0], reference_loss.compute_dtype(*tensors)
+        found = [tensors[0].new_empty(rows, dtype=dtype) for _ in range(4)]
+        return *found, tensors[0].new_empty((rows, state), dtype=torch.float64)
+
+    return fake
 
 
-def _fake_linear_backward(upstream: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
-    needs_hidden, needs_weight = rest[-2:]
+def _fake_linear_backward(
+    upstream: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    needs_hidden, needs_weight = rest[6:8]
     dhidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
     return dhidden, torch.empty_like(weight) if needs_weight else weight.new_empty(0)
 
 
+def _stateless(forward: Kernel) -> Kernel:
+    """The forward op of a backend whose gradient needs the inputs alone."""
+
+    def run(first: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return *forward(first, *rest), first.new_empty((len(first), 0), dtype=torch.float64)
+
+    return run
+
+
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep the inputs, all but the mask: a masked row has no upstream gradient."""
     *tensors, temperature, softcap, exact_kl, _ = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output[4])
     ctx.head = (temperature, softcap, exact_kl)
 
 
 def _upstream(ctx: Any, mask: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
     """[N, 3]: gradients of logprobs, entropy and kl, exactly 0 where masked."""
-    dlogprobs, dentropy, _, dkl = gradients
+    dlogprobs, dentropy, _, dkl, _ = gradients
     stacked = torch.stack([dlogprobs, dentropy, dkl], dim=1)
     return torch.where(mask[:, None], stacked, 0)
 
 
+def _kept(state: Tensor) -> tuple[Tensor, ...]:
+    return (state,) if state.shape[1] else ()
+
+
 def _stats_autograd(backward: Any) -> Kernel:
     def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, token_ids, mask, anchor_logits = ctx.saved_tensors
+        logits, token_ids, mask, anchor_logits, state = ctx.saved_tensors
         upstream = _upstream(ctx, mask, gradients)
-        dlogits = backward(upstream, logits, token_ids, anchor_logits, *ctx.head)
+        dlogits = backward(upstream, logits, token_ids, anchor_logits, *ctx.head, *_kept(state))
         return dlogits, *[None] * 7
 
     return gradient
@@ -293,21 +315,31 @@ def _stats_autograd(backward: Any) -> Kernel:
 
 def _linear_stats_autograd(backward: Any) -> Kernel:
     def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, token_ids, mask, *anchor = ctx.saved_tensors
+        hidden, weight, token_ids, mask, *anchor, state = ctx.saved_tensors
         upstream = _upstream(ctx, mask, gradients)
         needs = tuple(ctx.needs_input_grad[:2])
-        found = backward(upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs)
+        found = backward(
+            upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, *_kept(state)
+        )
         used = [part if need else None for part, need in zip(found, needs, strict=True)]
         return *used, *[None] * 8
 
     return gradient
 
 
-def _define_stats(backend: str, kernels: Sequence[Kernel], device: str | None) -> tuple[Any, Any]:
-    """Register the two statistics ops of a backend with their gradients; (logits, linear)."""
+def _define_stats(
+    backend: str, kernels: Sequence[Kernel], device: str | None, state: int = 0
+) -> tuple[Any, Any]:
+    """Register the two statistics ops of a backend with their gradients; (logits, linear).
+
+    state: the columns of the fp64 rows that its forward ops return last and its gradients take
+    last; 0 where they have none.
+    """
     forward, backward, linear, linear_backward = kernels
+    if not state:
+        forward, linear = _stateless(forward), _stateless(linear)
     name = f"token_stats_{backend}"
-    op = _define(name, _STATS_SCHEMA, forward, _fake_stats, device)
+    op = _define(name, _STATS_SCHEMA, forward, _fake_stats(state), device)
     back = _define(
         f"token_stats_backward_{backend}",
         _STATS_BACKWARD_SCHEMA,
@@ -316,7 +348,7 @@ def _define_stats(backend: str, kernels: Sequence[Kernel], device: str | None) -
         device,
     )
     torch.library.register_autograd(op, _stats_autograd(back), setup_context=_save_stats)
-    linear_op = _define(f"linear_{name}", _LINEAR_STATS_SCHEMA, linear, _fake_stats, device)
+    linear_op = _define(f"linear_{name}", _LINEAR_STATS_SCHEMA, linear, _fake_stats(state), device)
     back = _define(
         f"linear_token_stats_backward_{backend}",
         _LINEAR_STATS_BACKWARD_SCHEMA,

@@ -72,8 +72,8 @@ def token_logprobs(
     op = _ops.TOKEN_STATS[resolve("loss", backend, logits.device)]
     rows, ids = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1).long()
     everything = torch.ones_like(ids, dtype=torch.bool)
-    stats = Stats(*op(rows, ids, everything, None, temperature, softcap, "", return_entropy))
-    return _shaped(stats, token_ids.shape, return_entropy)
+    stats = op(rows, ids, everything, None, temperature, softcap, "", return_entropy)
+    return _shaped(Stats(*stats[:4]), token_ids.shape, return_entropy)
 
 
 def linear_token_logprobs(
@@ -108,10 +108,8 @@ def linear_token_logprobs(
     op = _ops.LINEAR_TOKEN_STATS[resolve("loss", backend, hidden.device)]
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).long()
     kept = torch.ones_like(ids, dtype=torch.bool)
-    stats = Stats(
-        *op(rows, weight, ids, kept, None, None, temperature, softcap, "", return_entropy)
-    )
-    return _shaped(stats, token_ids.shape, return_entropy)
+    stats = op(rows, weight, ids, kept, None, None, temperature, softcap, "", return_entropy)
+    return _shaped(Stats(*stats[:4]), token_ids.shape, return_entropy)
 
 
 def _shaped(stats: Stats, shape: torch.Size, return_entropy: bool) -> Any:
@@ -204,7 +202,7 @@ def warp_loss(
         kl if kl in checks.EXACT else "",
         return_entropy,
     )
-    return _finished(rows, Stats(*stats), terms, return_entropy)
+    return _finished(rows, Stats(*stats[:4]), terms, return_entropy)
 
 
 def linear_warp_loss(
@@ -273,7 +271,7 @@ def linear_warp_loss(
         kl if kl in checks.EXACT else "",
         return_entropy,
     )
-    return _finished(rows, Stats(*stats), terms, return_entropy)
+    return _finished(rows, Stats(*stats[:4]), terms, return_entropy)
 
 
 def _finished(rows: Rows, stats: Stats, terms: checks.Terms, return_entropy: bool) -> WarpLoss:
