@@ -1,0 +1,295 @@
+"""The Triton kernels of the loss against float64: statistics of sampled tokens and their gradient.
+
+On CUDA tensors where there is a GPU, else on CPU tensors under the interpreter of Triton.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.loss_rows import (
+    DEVICE,
+    INF,
+    PLAIN,
+    Head,
+    check,
+    kernels,
+    linear,
+    our_gradients,
+    ours,
+    problem,
+    some_mask,
+)
+
+# numpy says so where the kernels compute both sides of a choice
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+CAPPED = (0.7, 5.0)
+
+both = pytest.mark.parametrize("form", ["logits", "linear"])
+
+
+@both
+@pytest.mark.parametrize("head", [PLAIN, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("kl", [None, "", "reverse", "forward"])
+def test_every_kl_with_mask_softcap_and_temperature(kl: str | None, head: Head, form: str) -> None:
+    leaves, anchor, ids = problem(form, 3, 257, kl=kl)
+    check(leaves, anchor, ids, some_mask(3), head, kl or "")
+
+
+@both
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP64], ids=str)
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_dtypes(kl: str, dtype: torch.dtype, form: str) -> None:
+    check(*problem(form, 3, 7, dtype), None, CAPPED, kl)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, FP16), (BF16, FP64)], ids=str)
+def test_anchor_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    leaves, anchor, ids = problem("logits", 2, 9)
+    check([leaves[0].to(dtypes[0])], [anchor[0].to(dtypes[1])], ids, kl="reverse")
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (1, 7), (1, 8), (1, 1000)])
+def test_one_row(rows: int, size: int) -> None:
+    check(*problem("logits", rows, size, BF16), kl="reverse")
+    check(*problem("linear", rows, size, BF16))
+
+
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+@pytest.mark.parametrize("size", [1024, 2500])
+def test_a_row_of_several_pieces(monkeypatch: pytest.MonkeyPatch, size: int, kl: str) -> None:
+    monkeypatch.setattr(kernels, "_PIECE", 1024)
+    leaves, anchor, _ = problem("logits", 2, size)
+    check(leaves, anchor, torch.tensor([0, size - 1], device=DEVICE), None, CAPPED, kl)
+
+
+@both
+def test_a_piece_of_several_tiles(form: str) -> None:
+    check(*problem(form, 1, 2100), kl="reverse")
+
+
+def test_a_row_gives_the_same_bits_in_any_batch() -> None:
+    leaves, anchor, ids = problem("logits", 4, 300, BF16)
+    mask = torch.ones(4, dtype=torch.bool, device=DEVICE)
+    together = ours(leaves, anchor, ids, mask, CAPPED, "reverse")
+    alone = ours(leaves[:1], anchor, ids, mask.clone(), CAPPED, "reverse")
+    one = slice(2, 3)
+    single = ours([leaves[0][one]], [anchor[0][one]], ids[one], mask[one], CAPPED, "reverse")
+    for whole, again, part in zip(together, alone, single, strict=True):
+        assert torch.equal(whole, again) and torch.equal(whole[one], part)
+
+
+@both
+@pytest.mark.parametrize("kl", ["", "forward"])
+def test_chunks_of_rows(monkeypatch: pytest.MonkeyPatch, kl: str, form: str) -> None:
+    monkeypatch.setattr(linear, "_ROWS", 2)
+    check(*problem(form, 3, 7, BF16), some_mask(3), CAPPED, kl)
+
+
+@both
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_a_mask_hides_is_not_read(kept: int, form: str) -> None:
+    """NaN, inf and ids of anything there; the other rows as if alone; nothing of no row."""
+    leaves, anchor, ids = problem(form, 2, 7)
+    mask = torch.tensor([kept == 1, False], device=DEVICE)
+    for given, garbage in ((leaves, float("nan")), (anchor, INF)):
+        given[0][~mask] = garbage
+    ids[~mask] = torch.tensor([-1, 10**12], device=DEVICE)[~mask]
+    found = ours(leaves, anchor, ids, mask, CAPPED, "reverse")
+    upstream = torch.where(mask[:, None], 1.0, 0.0).expand(2, 3)
+    gradients = our_gradients(leaves, anchor, upstream, ids, CAPPED, "reverse")
+    assert not any(values[~mask].any() for values in found)
+    assert not gradients[0][~mask].any()
+    assert all(x.isfinite().all() and bool(x.any()) == bool(kept) for x in (*found, *gradients))
+
+
+@both
+def test_no_rows(form: str) -> None:
+    leaves, anchor, ids = problem(form, 0, 7)
+    assert [len(x) for x in ours(leaves, anchor, ids, some_mask(0), CAPPED, "reverse")] == [0] * 4
+    upstream = torch.zeros(0, 3, device=DEVICE)
+    for leaf, found in zip(
+        leaves, our_gradients(leaves, anchor, upstream, ids, CAPPED, "reverse"), strict=True
+    ):
+        assert found.shape == leaf.shape and not found.any()
+
+
+@both
+def test_strided_arguments(form: str) -> None:
+    def spread(tensor: Tensor) -> Tensor:
+        """The same numbers with every stride doubled and the dimensions swapped in memory."""
+        wide = torch.full([2 * n for n in reversed(tensor.shape)], -7, dtype=tensor.dtype)
+        view = wide.to(DEVICE).permute(*reversed(range(wide.dim())))
+        return view[tuple(slice(0, None, 2) for _ in tensor.shape)].copy_(tensor)
+
+    leaves, anchor, ids = problem(form, 3, 9)
+    spread_leaves, spread_anchor = [spread(x) for x in leaves], [spread(x) for x in anchor]
+    check(spread_leaves, spread_anchor, spread(ids), spread(some_mask(3)), CAPPED, "forward")
+    if form == "logits":
+        check([leaves[0][:1].expand(3, 9)], anchor, ids, kl="reverse")
+        check([leaves[0].T.contiguous().T], [anchor[0][:, :9]], ids, kl="reverse")
+
+
+@pytest.mark.parametrize("kl", ["", "reverse"])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+def test_logits_of_1e4(dtype: torch.dtype, kl: str) -> None:
+    """Ties at the top, so that the probability of one token is 1, a half, or 0."""
+    logits = (torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1.0]]) * 2 - 1) * 1e4
+    logits = logits.to(dtype).to(DEVICE)
+    check([logits], [logits.roll(1, 1)], torch.tensor([0, 1, 0, 2], device=DEVICE), kl=kl)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 5])
+def test_tokens_at_minus_infinity(kept: int) -> None:
+    leaves, anchor, ids = problem("logits", 3, 9)
+    for given in (leaves, anchor):
+        given[0][:, kept:] = -INF
+    check(leaves, anchor, ids % kept, kl="forward")
+    if kept == 1:
+        mask = torch.ones(3, dtype=torch.bool, device=DEVICE)
+        assert not any(x.any() for x in ours(leaves, anchor, ids % 1, mask, PLAIN, "reverse"))
+
+
+@both
+@pytest.mark.parametrize("depth", [88.0, 104.0, 300.0])
+def test_logprobs_whose_probability_underflows(depth: float, form: str) -> None:
+    logits = torch.randn(3, 50, device=DEVICE)
+    logits[:, 3] -= depth
+    head = [] if form == "logits" else [torch.eye(50, device=DEVICE)]
+    check([logits, *head], [], torch.full((3,), 3, device=DEVICE))
+
+
+def test_softcap_bounds_extreme_logits() -> None:
+    logits = torch.tensor([[1e4, -1e4, -INF, INF, 0.0]], device=DEVICE).repeat(5, 1)
+    ids, mask = torch.arange(5, device=DEVICE), torch.ones(5, dtype=torch.bool, device=DEVICE)
+    capped = torch.tensor([30.0, -30.0, -30.0, 30.0, 0.0], dtype=FP64, device=DEVICE)
+    found = ours([logits], [], ids, mask, (1.0, 30.0), "")
+    torch.testing.assert_close(found[0].double(), capped.log_softmax(0), rtol=1e-6, atol=1e-6)
+    upstream = torch.ones(5, 3, device=DEVICE)
+    (gradient,) = our_gradients([logits], [], upstream, ids, (1.0, 30.0), "")
+    # the cap is flat at all but the last
+    assert not gradient[:, :4].any() and gradient[:, 4].all()
+
+
+def test_tanh_of_every_size() -> None:
+    """Each the logit of one token of a row with a softcap of 1; relative, also where it is flat."""
+    x = torch.cat([torch.logspace(-6, 1.2, 10), torch.tensor([0.624, 0.626, 40.0])]).to(DEVICE)
+    logits = torch.cat([x, -x])[None].requires_grad_()
+    ids = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    upstream = torch.tensor([[1.0, 0, 0]], device=DEVICE)
+    (found,) = our_gradients([logits.detach()], [], upstream, ids, (1.0, 1.0), "")
+    logp = torch.log_softmax(torch.tanh(logits.double()), -1)[:, 0]
+    (exact,) = torch.autograd.grad(logp.sum(), logits)
+    # 1 - tanh^2 keeps no digits in the oracle below its atol
+    torch.testing.assert_close(found, exact, rtol=2e-6, atol=1e-16)
+
+
+def test_ids_outside_the_vocabulary() -> None:
+    """An error where looking at them costs nothing, else NaN, and never a read out of bounds."""
+    leaves, _, _ = problem("logits", 2, 7)
+    ids, mask = torch.tensor([3, 7], device=DEVICE), some_mask(2) | True
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"in \[0, 7\); row 1 has 7"):
+            ours(leaves, [], ids, mask, PLAIN, "")
+    out = kernels.empty_stats(leaves[0], 2, FP32)
+    kernels.row_statistics(kernels.Rows.of(*leaves, None, ids, mask, (*PLAIN, "")), out, True)
+    assert out[0].isnan().tolist() == [False, True]
+
+
+def test_gradient_in_place_of_the_logits() -> None:
+    (logits,), (anchor,), ids = problem("logits", 3, 300, BF16)
+    kept = some_mask(3)
+    upstream = torch.randn(3, 3, device=DEVICE) * kept[:, None]
+    (expected,) = our_gradients([logits], [anchor], upstream, ids, CAPPED, "reverse")
+    rows = kernels.Rows.of(logits, anchor, ids, kept, (*CAPPED, "reverse"))
+    kernels.row_gradient(rows, upstream, logits)
+    assert torch.equal(logits, expected)
+
+
+def test_elements_past_2_to_the_31(tmp_path: Path) -> None:
+    """Three rows 2^30 elements apart, of which only the first few are ever touched."""
+    stride = 2**30 + 8
+    if DEVICE == "cpu":
+        path = str(tmp_path / "sparse")
+        memory = torch.from_file(path, shared=True, size=2 * stride + 8, dtype=BF16)
+    else:
+        memory = torch.empty(2 * stride + 8, dtype=BF16, device=DEVICE)
+    far = memory.as_strided((3, 7), (stride, 1))
+    (near,), _, ids = problem("logits", 3, 7, BF16)
+    far.copy_(near)
+    mask, upstream = some_mask(3) | True, torch.ones(3, 3, device=DEVICE)
+    for a, b in zip(*(ours([x], [x], ids, mask, CAPPED, "") for x in (near, far)), strict=True):
+        assert torch.equal(a, b)
+    (expected,) = our_gradients([near], [], upstream, ids, CAPPED, "")
+    rows = kernels.Rows.of(far, None, ids, mask, (*CAPPED, ""))
+    kernels.row_gradient(rows, upstream, far)
+    assert torch.equal(far, expected)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_gradient_of_a_frozen_input_is_not_computed(needs: tuple[bool, bool]) -> None:
+    leaves, anchor, ids = problem("linear", 2, 7)
+    rest = (torch.ones(2, 3, device=DEVICE), *leaves, ids, *anchor, *CAPPED, "reverse")
+    whole = linear.linear_token_stats_backward_triton(*rest, True, True)
+    parts = linear.linear_token_stats_backward_triton(*rest, *needs)
+    for part, full, needed in zip(parts, whole, needs, strict=True):
+        assert torch.equal(part, full) if needed else part.numel() == 0
+
+
+PUBLIC = """
+import sys, warnings, torch, warp_fast
+from warp_fast import _ops
+warnings.simplefilter("ignore")
+device = sys.argv[1]
+torch.manual_seed(0)
+V, D = 7, 4
+ids = torch.randint(0, V, (1, 3), device=device)
+mask = torch.tensor([[1, 0, 1]], device=device)
+leaves = {
+    "warp_loss": [torch.randn(1, 3, V, device=device)],
+    "linear_warp_loss": [torch.randn(1, 3, D, device=device), torch.randn(V, D, device=device)],
+}
+names = {"warp_loss": ["logits"], "linear_warp_loss": ["hidden", "weight"]}
+def results(function, backend, **options):
+    mine = [x.clone().requires_grad_() for x in leaves[function]]
+    anchor = {f"anchor_{k}": x * 0.9 for k, x in zip(names[function], leaves[function])}
+    found = getattr(warp_fast, function)(
+        *mine, ids, torch.ones(1, device=device), **anchor, mask=mask, temperature=0.7, softcap=3.0,
+        return_entropy=True, backend=backend, **options
+    )
+    total = found.loss + (found.entropy + found.kl).sum()
+    return [x.detach() for x in found] + list(torch.autograd.grad(total, mine))
+clipped = {"old_logprobs": -torch.rand(1, 3, device=device) - 1, "clip_range": 0.2}
+for kl in ("reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"):
+    for function in leaves:
+        if function == "linear_warp_loss" and kl in ("reward_to_go", "k2", "none"):
+            continue  # they differ in what the statistics are used for
+        options = {"kl": kl, **(clipped if function == "warp_loss" else {})}
+        expected = results(function, "reference", **options)
+        for a, b in zip(results(function, "triton", **options), expected):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+flat = torch.randn(2, V, device=device, requires_grad=True)
+rest = (ids[0, :2], mask[0, :2] != 0)
+arguments = (flat, *rest, flat.detach() * 0.9, 0.7, 3.0, "reverse", True)
+torch.library.opcheck(_ops.TOKEN_STATS["triton"], arguments)
+hidden, weight = flat[:, :D].detach().requires_grad_(), leaves["linear_warp_loss"][1]
+arguments = (hidden, weight, *rest, hidden.detach(), weight, 0.7, None, "forward", False)
+torch.library.opcheck(_ops.LINEAR_TOKEN_STATS["triton"], arguments)
+logprobs = lambda x: warp_fast.token_logprobs(x, ids[0, :2], backend="triton")
+torch.testing.assert_close(
+    torch.compile(logprobs, fullgraph=True, backend="aot_eager")(flat), logprobs(flat)
+)
+"""
+
+
+def test_public_functions_and_ops() -> None:
+    """In a process of its own: whether CPU tensors are served is decided when warp_fast loads."""
+    subprocess.run([sys.executable, "-c", PUBLIC, DEVICE], check=True)
