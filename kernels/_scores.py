@@ -15,10 +15,11 @@ from warp_fast.kernels._common import INTERPRETED
 @triton.jit
 def number(value, WIDE: tl.constexpr):
     """An fp64 argument in the dtype of the computation; the interpreter has a Python float."""
+    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     if INTERPRETED:
-        cast = value
+        cast = tl.full([], value, dtype)
     else:
-        cast = value.to(tl.float64 if WIDE else tl.float32)
+        cast = value.to(dtype)
     return cast
 
 
