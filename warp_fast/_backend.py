@@ -17,7 +17,7 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 # op -> device type -> backends that implement it, best first
 SERVED: dict[str, dict[str, tuple[str, ...]]] = {
-    "loss": {"cpu": ("reference",), "cuda": ("triton", "reference")},
+    "loss": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "ema": {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
     "slerp": {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
 }

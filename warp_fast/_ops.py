@@ -20,6 +20,7 @@ from torch._compile import _disable_dynamo
 
 from warp_fast._backend import TRITON_DEVICE
 from warp_fast.native import ema as native_ema
+from warp_fast.native import loss as native_loss
 from warp_fast.native import slerp as native_slerp
 from warp_fast.reference import ema as reference_ema
 from warp_fast.reference import loss as reference_loss
@@ -383,4 +384,15 @@ TOKEN_STATS["triton"], LINEAR_TOKEN_STATS["triton"] = _define_stats(
         _triton("linear_loss", "linear_token_stats_backward_triton"),
     ),
     TRITON_DEVICE,
+)
+TOKEN_STATS["cpp"], LINEAR_TOKEN_STATS["cpp"] = _define_stats(
+    "cpp",
+    (
+        native_loss.token_stats_cpp,
+        native_loss.token_stats_backward_cpp,
+        native_loss.linear_token_stats_cpp,
+        native_loss.linear_token_stats_backward_cpp,
+    ),
+    "cpu",
+    native_loss.STATE,
 )

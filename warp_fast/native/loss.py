@@ -1,0 +1,351 @@
+"""The statistics of the loss and their gradient by warp_fast._C, on CPU.
+
+Logits are taken as they are. Hidden states meet the head a tile at a time, some thousand rows by
+some thousand tokens of the vocabulary: torch multiplies in fp32, the kernel works on the tile while
+it is in cache. The vocabulary is the outer loop, so a 16-bit weight is widened a tile at a time and
+each row of its gradient is written once. What the forward pass knows of a row goes to the backward
+pass as eight fp64 numbers (`LossState` in csrc/cpu.h). fp64 inputs are served by the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from warp_fast.native._addresses import CODE, extension
+from warp_fast.reference import loss as reference
+
+STATE = 8
+_COLUMNS = 4096  # of a tile
+_TILE = 1 << 23  # logits of a tile: 32 MiB
+_EXACT = {"": 0, "reverse": 1, "forward": 2}
+Matrix = tuple[int, int, int]
+
+
+def token_stats_cpp(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    anchor_logits: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    entropy: bool,
+) -> tuple[Tensor, ...]:
+    """Statistics of rows of logits, and the [N, 8] state; see `token_stats_reference`.
+
+    Traffic: reads each kept row of both once.
+    """
+    if reference.compute_dtype(logits, anchor_logits) == torch.float64:
+        wide = reference.token_stats_reference(
+            logits, token_ids, mask, anchor_logits, temperature, softcap, exact_kl, entropy
+        )
+        return *wide, wide[0].new_zeros(len(token_ids), STATE)
+    rows = mask.nonzero()[:, 0]
+    reference._check_ids(token_ids, rows, logits.shape[1])
+    head = _Head(temperature, softcap, exact_kl)
+    state = _new_state(rows)
+    anchor = None if anchor_logits is None else _with_unit_stride(anchor_logits)
+    head.stats(_with_unit_stride(logits), anchor, token_ids[rows], state, entropy, index=rows)
+    return _by_row(state, rows, len(token_ids), anchor is not None, exact_kl, entropy)
+
+
+def token_stats_backward_cpp(
+    upstream: Tensor,
+    logits: Tensor,
+    token_ids: Tensor,
+    anchor_logits: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    state: Tensor | None = None,
+) -> Tensor:
+    """dlogits [N, V] from upstream [N, 3]; without the state of the forward pass it is made again.
+
+    Traffic: reads each row with a gradient once (exact KL: of the anchor too) and writes it once.
+    """
+    arguments = (logits, token_ids, anchor_logits, temperature, softcap, exact_kl)
+    if upstream.dtype == torch.float64:
+        return reference.token_stats_backward_reference(upstream, *arguments)
+    used = upstream.any(1)
+    if state is None:
+        state = token_stats_cpp(logits, token_ids, used, *arguments[2:], True)[-1]
+    rows = used.nonzero()[:, 0]
+    dlogits = torch.empty_like(logits)
+    written = _with_unit_stride(dlogits)
+    written[~used] = 0
+    anchor = None
+    if anchor_logits is not None and exact_kl:
+        anchor = _with_unit_stride(anchor_logits)
+    _Head(temperature, softcap, exact_kl).gradient(
+        _with_unit_stride(logits),
+        anchor,
+        token_ids[rows],
+        _coefficients(state[rows], upstream[rows], exact_kl, temperature),
+        written,
+        index=rows,
+    )
+    return dlogits if written is dlogits else dlogits.copy_(written)
+
+
+def linear_token_stats_cpp(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    anchor_hidden: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    entropy: bool,
+) -> tuple[Tensor, ...]:
+    """Statistics of hidden @ weight.T, and the [N, 8] state; see `linear_token_stats_reference`.
+
+    Traffic: reads both weights once, whatever N is.
+    """
+    tensors = (hidden, weight, anchor_hidden, anchor_weight)
+    if reference.compute_dtype(*tensors) == torch.float64:
+        wide = reference.linear_token_stats_reference(
+            hidden, weight, token_ids, mask, *tensors[2:], temperature, softcap, exact_kl, entropy
+        )
+        return *wide, wide[0].new_zeros(len(token_ids), STATE)
+    rows = mask.nonzero()[:, 0]
+    reference._check_ids(token_ids, rows, weight.shape[0])
+    state, ids = _new_state(rows), token_ids[rows]
+    head = _Head(temperature, softcap, exact_kl)
+    with torch.autocast("cpu", enabled=False):
+        policy = _Product(hidden[rows], weight)
+        if anchor_hidden is None or anchor_weight is None:
+            for piece, first, logits in policy.tiles():
+                head.stats(logits, None, ids[piece], state[piece], entropy, first)
+        elif exact_kl:
+            anchor = _Product(anchor_hidden[rows], anchor_weight)
+            pairs = zip(policy.tiles(), anchor.tiles(), strict=True)
+            for (piece, first, logits), (_, _, other) in pairs:
+                head.stats(logits, other, ids[piece], state[piece], entropy, first)
+        else:
+            anchor = _Product(anchor_hidden[rows], anchor_weight, policy.buffer)
+            for piece, first, logits in policy.tiles():
+                head.stats(logits, None, ids[piece], state[piece], entropy, first)
+            for piece, first, logits in anchor.tiles():
+                head.stats(logits, None, ids[piece], state[piece, STATE // 2 :], False, first)
+    anchored = anchor_hidden is not None
+    return _by_row(state, rows, len(token_ids), anchored, exact_kl, entropy)
+
+
+def linear_token_stats_backward_cpp(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    anchor_hidden: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3]; what is not needed comes empty.
+
+    Numerics: both are summed in fp32.
+    """
+    options = (token_ids, anchor_hidden, anchor_weight, temperature, softcap, exact_kl)
+    if upstream.dtype == torch.float64:
+        return reference.linear_token_stats_backward_reference(
+            upstream, hidden, weight, *options, needs_hidden, needs_weight
+        )
+    if state is None:
+        made = linear_token_stats_cpp(
+            hidden, weight, token_ids, upstream.any(1), *options[1:], True
+        )
+        state = made[-1]
+    rows = upstream.any(1).nonzero()[:, 0]
+    coefficients = _coefficients(state[rows], upstream[rows], exact_kl, temperature)
+    head, ids = _Head(temperature, softcap, exact_kl), token_ids[rows]
+    with torch.autocast("cpu", enabled=False):
+        policy = _Product(hidden[rows], weight)
+        anchor_tiles: Iterator[tuple[slice, int, Tensor]] | None = None
+        if anchor_hidden is not None and anchor_weight is not None and exact_kl:
+            anchor_tiles = _Product(anchor_hidden[rows], anchor_weight).tiles()
+        gradients = _Gradients(policy, needs_hidden, needs_weight)
+        for piece, first, logits in policy.tiles():
+            other = None if anchor_tiles is None else next(anchor_tiles)[2]
+            head.gradient(logits, other, ids[piece], coefficients[piece], logits, first)
+            gradients.add(piece, first, logits)
+    dhidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
+    if needs_hidden:
+        dhidden[rows] = gradients.states.to(hidden.dtype)
+    return dhidden, gradients.weight
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What every call of the kernels on one head has in common."""
+
+    temperature: float
+    softcap: float | None
+    exact_kl: str
+
+    def stats(
+        self,
+        logits: Tensor,
+        anchor: Tensor | None,
+        token_ids: Tensor,
+        state: Tensor,
+        entropy: bool,
+        first: int = 0,
+        index: Tensor | None = None,
+    ) -> None:
+        """Add columns `first` and on to the state of each row."""
+        extension().loss_stats(
+            *self._shared(logits, anchor, token_ids, first, index),
+            state.data_ptr(),
+            entropy,
+            _EXACT[self.exact_kl] if anchor is not None else 0,
+        )
+
+    def gradient(
+        self,
+        logits: Tensor,
+        anchor: Tensor | None,
+        token_ids: Tensor,
+        coefficients: Tensor,
+        gradient: Tensor,
+        first: int = 0,
+        index: Tensor | None = None,
+    ) -> None:
+        extension().loss_gradient(
+            *self._shared(logits, anchor, token_ids, first, index),
+            _matrix(gradient),
+            coefficients.data_ptr(),
+        )
+
+    def _shared(
+        self,
+        logits: Tensor,
+        anchor: Tensor | None,
+        token_ids: Tensor,
+        first: int,
+        index: Tensor | None,
+    ) -> tuple[Matrix | int | float, ...]:
+        return (
+            _matrix(logits),
+            (0, 0, CODE[torch.float32]) if anchor is None else _matrix(anchor),
+            0 if index is None else index.data_ptr(),
+            token_ids.data_ptr(),
+            len(token_ids),
+            logits.shape[1],
+            first,
+            self.softcap or 0.0,
+            self.temperature,
+            torch.get_num_threads(),
+        )
+
+
+class _Product:
+    """states [n, D] @ weight [V, D].T in fp32, a tile at a time in one buffer."""
+
+    def __init__(self, states: Tensor, weight: Tensor, buffer: Tensor | None = None) -> None:
+        self.states, self.weight = states.float(), weight
+        self.columns = min(_COLUMNS, len(weight))
+        self.rows = min(max(1, _TILE // self.columns), len(states))
+        size = self.rows * self.columns
+        self.buffer = torch.empty(size) if buffer is None else buffer
+        self.head = weight[:0]
+
+    def tiles(self) -> Iterator[tuple[slice, int, Tensor]]:
+        """(rows, first column, logits); `head` is the weight of those columns in fp32."""
+        for first in range(0, len(self.weight) if self.rows else 0, self.columns):
+            self.head = self.weight[first : first + self.columns].float()
+            for start in range(0, len(self.states), self.rows):
+                piece = slice(start, min(start + self.rows, len(self.states)))
+                shape = piece.stop - start, len(self.head)
+                logits = self.buffer[: shape[0] * shape[1]].view(shape)
+                yield piece, first, torch.mm(self.states[piece], self.head.T, out=logits)
+
+
+class _Gradients:
+    """Sums over tiles of dlogits: [n, D] of the states, [V, D] of the weight."""
+
+    def __init__(self, product: _Product, needs_states: bool, needs_weight: bool) -> None:
+        self.product, self.needs_states, self.needs_weight = product, needs_states, needs_weight
+        self.states = torch.zeros_like(product.states) if needs_states else torch.empty(0)
+        of = product.weight
+        self.weight = of.new_empty(0)
+        if needs_weight:
+            self.weight = torch.empty_like(of) if product.rows else torch.zeros_like(of)
+        direct = of.dtype == torch.float32
+        self.scratch = None if direct else torch.empty(product.columns, of.shape[1])
+
+    def add(self, piece: slice, first: int, dlogits: Tensor) -> None:
+        states, head = self.product.states[piece], self.product.head
+        if self.needs_states:
+            self.states[piece].addmm_(dlogits, head)
+        if not self.needs_weight:
+            return
+        target = self.weight[first : first + len(head)]
+        total = target if self.scratch is None else self.scratch[: len(head)]
+        if piece.start == 0:
+            torch.mm(dlogits.T, states, out=total)
+        else:
+            total.addmm_(dlogits.T, states)
+        if total is not target and piece.stop == len(self.product.states):
+            target.copy_(total)
+
+
+def _matrix(rows: Tensor) -> Matrix:
+    return rows.data_ptr(), rows.stride(0), CODE[rows.dtype]
+
+
+def _with_unit_stride(rows: Tensor) -> Tensor:
+    """The same rows, each contiguous."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _new_state(rows: Tensor) -> Tensor:
+    """[n, 8] before any column."""
+    state = torch.zeros(len(rows), STATE, dtype=torch.float64)
+    state[:, :: STATE // 2] = -torch.inf
+    return state
+
+
+def _by_row(
+    state: Tensor, rows: Tensor, count: int, anchored: bool, exact_kl: str, entropy: bool
+) -> tuple[Tensor, ...]:
+    """The statistics and the state of all rows, 0 where there is none."""
+    top, total, picked, moment, anchor_top, anchor_total, anchor_picked, cross = state.unbind(1)
+    lse, anchor_lse = top + total.log(), anchor_top + anchor_total.log()
+    found = torch.zeros(4, count)
+    found[0, rows] = ((picked - top) - total.log()).clamp(max=0).float()
+    if entropy:
+        found[1, rows] = (total.log() - moment / total).clamp(min=0).float()
+    if anchored:
+        logq = (anchor_picked - anchor_top) - anchor_total.log()
+        found[2, rows] = logq.clamp(max=0).float()
+    if anchored and exact_kl == "reverse":
+        found[3, rows] = (cross / total - (lse - anchor_lse)).clamp(min=0).float()
+    elif anchored and exact_kl == "forward":
+        found[3, rows] = (cross / anchor_total - (anchor_lse - lse)).clamp(min=0).float()
+    saved = torch.zeros(count, STATE, dtype=torch.float64)
+    saved[rows] = state
+    return *(row.clone() for row in found), saved
+
+
+def _coefficients(state: Tensor, upstream: Tensor, exact_kl: str, temperature: float) -> Tensor:
+    """[n, 7] of `LossCoefficient` in csrc/cpu.h: du = p (A + B (u - max) + C (u - v)) - Q q."""
+    dlogprobs, dentropy, dkl = upstream.double().T / temperature
+    top, total, _, moment, anchor_top, anchor_total, _, cross = state.unbind(1)
+    zero = torch.zeros_like(total)
+    a, b, c, q = dentropy * moment / total - dlogprobs, -dentropy, zero, zero
+    if exact_kl == "reverse":
+        a, c = a - dkl * cross / total, dkl
+    elif exact_kl == "forward":
+        a, q = a + dkl, dkl / anchor_total
+    columns = [top, a / total, b / total, c / total, anchor_top, q, dlogprobs]
+    return torch.stack(columns, 1).float()
