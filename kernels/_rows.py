@@ -27,9 +27,9 @@ FORWARD = tl.constexpr(2)
 # fields of a piece: largest u and sum of exp, without the sampled token; sum of exp * (u -
 # largest); the first two of the anchor; sum of exp * (u - v - shift)
 FIELDS = tl.constexpr(6)
-# fields of a row: largest u, 1 / sum of exp, mean of u - largest, probability of the other tokens;
-# the first two of the anchor; the shift, and the mean of u - v - shift
-ROW_FIELDS = tl.constexpr(8)
+# state of a row, in fp64: largest u, 1 / sum of exp, mean of u - largest, probability of the other
+# tokens; the first two of the anchor; the shift, and the mean of u - v - shift
+STATE = tl.constexpr(8)
 
 
 @triton.jit
@@ -129,10 +129,11 @@ def row_kernel(
     token_ids,
     kept,
     sums,  # [N, PIECES, FIELDS]
-    logprobs,  # [N] each; with BACKWARD the rows [N, ROW_FIELDS] instead of the first
+    logprobs,  # [N], as the other statistics
     entropies,
     anchor_logprobs,
     kls,
+    state,  # [N, STATE] fp64
     stride,
     anchor_stride,
     size,
@@ -145,12 +146,12 @@ def row_kernel(
     ENTROPY: tl.constexpr,
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
-    BACKWARD: tl.constexpr,
 ):
-    """One row from its pieces, in fp64."""
+    """One row from its pieces, in fp64; 0 of a row that is not kept."""
     n = tl.program_id(0).to(tl.int64)
     logp = tl.full([], 0.0, tl.float64)
-    entropy, logq, kl = logp, logp, logp
+    entropy, logq, kl, shift, mean = logp, logp, logp, logp, logp
+    most, share, low, rest, anchor_most, anchor_share = logp, logp, logp, logp, logp, logp
     if tl.load(kept + n) != 0:
         token = tl.load(token_ids + n)
         picked = picked_score(logits + n * stride, token, size, inner, outer, SOFTCAP, WIDE)
@@ -162,9 +163,9 @@ def row_kernel(
         own_u = picked.to(tl.float64)
         most, others, own, all_, weighted = with_token(piece_top, total, weighted, own_u)
         logp = -((most - own_u) + tl.log(all_))
+        share, low, rest = 1.0 / all_, weighted / all_, others / all_
         if ENTROPY:
-            entropy = tl.log(all_) - weighted / all_
-        anchor_most, anchor_all, shift, mean = most, all_, kl, kl
+            entropy = tl.log(all_) - low
         if ANCHOR:
             anchor_row = anchor + n * anchor_stride
             anchor_picked = picked_score(anchor_row, token, size, inner, outer, SOFTCAP, WIDE)
@@ -175,6 +176,7 @@ def row_kernel(
                 anchor_piece_top, total, total, own_v
             )
             logq = -((anchor_most - own_v) + tl.log(anchor_all))
+            anchor_share = 1.0 / anchor_all
             if EXACT:
                 if EXACT == FORWARD:
                     scale, own, whole = anchor_scale, anchor_own, anchor_all
@@ -194,21 +196,19 @@ def row_kernel(
                 if EXACT == FORWARD:
                     kl = -kl
                 kl = tl.where(kl < 0, 0.0, kl)
-        if BACKWARD:
-            place = logprobs + n * ROW_FIELDS
-            tl.store(place, most)
-            tl.store(place + 1, 1.0 / all_)
-            tl.store(place + 2, weighted / all_)
-            tl.store(place + 3, others / all_)
-            tl.store(place + 4, anchor_most)
-            tl.store(place + 5, 1.0 / anchor_all)
-            tl.store(place + 6, shift)
-            tl.store(place + 7, mean)
-    if not BACKWARD:
-        tl.store(logprobs + n, logp)
-        tl.store(entropies + n, entropy)
-        tl.store(anchor_logprobs + n, logq)
-        tl.store(kls + n, kl)
+    tl.store(logprobs + n, logp)
+    tl.store(entropies + n, entropy)
+    tl.store(anchor_logprobs + n, logq)
+    tl.store(kls + n, kl)
+    place = state + n * STATE
+    tl.store(place, most)
+    tl.store(place + 1, share)
+    tl.store(place + 2, low)
+    tl.store(place + 3, rest)
+    tl.store(place + 4, anchor_most)
+    tl.store(place + 5, anchor_share)
+    tl.store(place + 6, shift)
+    tl.store(place + 7, mean)
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def gradient_kernel(
     anchor,
     token_ids,
     kept,
-    rows,  # [N, ROW_FIELDS]
+    state,  # [N, STATE] fp64
     out,  # [N, V], rows `out_stride` apart; may be logits
     stride,
     anchor_stride,
@@ -253,10 +253,12 @@ def gradient_kernel(
     token = tl.load(token_ids + n)
     dlogp, dentropy = tl.load(upstream + n * 3), tl.load(upstream + n * 3 + 1)
     dkl = tl.load(upstream + n * 3 + 2)
-    place = rows + n * ROW_FIELDS
-    most, share, low = tl.load(place), tl.load(place + 1), tl.load(place + 2)
-    rest, anchor_most, anchor_share = tl.load(place + 3), tl.load(place + 4), tl.load(place + 5)
-    shift, mean = tl.load(place + 6), tl.load(place + 7)
+    fine: tl.constexpr = tl.float64 if WIDE else tl.float32
+    place = state + n * STATE
+    most, share = tl.load(place).to(fine), tl.load(place + 1).to(fine)
+    low, rest = tl.load(place + 2).to(fine), tl.load(place + 3).to(fine)
+    anchor_most, anchor_share = tl.load(place + 4).to(fine), tl.load(place + 5).to(fine)
+    shift, mean = tl.load(place + 6).to(fine), tl.load(place + 7).to(fine)
     for begin in range(first, end, VECTORS * LANES):
         offs = begin + lanes
         z = tl.load(row + offs, mask=offs < size, other=0.0)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from warp_fast.kernels.loss import Rows, check_on_host, empty_stats, row_gradient, row_statistics
-from warp_fast.reference.loss import Stats, compute_dtype
+from warp_fast.kernels.loss import Found, Rows, check_on_host, row_gradient, row_statistics
+from warp_fast.reference.loss import compute_dtype
 
 # The gradient of the weight is read and written in fp32 once per chunk: at 2048 rows this is a
 # tenth of the time of the GEMMs, whatever V and D are. The logits of a chunk take 2 GiB at 256k.
@@ -90,14 +90,14 @@ def linear_token_stats_triton(
     softcap: float | None,
     exact_kl: str,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`linear_token_stats_reference`, without waiting for the GPU.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`linear_token_stats_reference` and the state for the gradient, without waiting for the GPU.
 
     Traffic: 2 N V D flops for each head; writes and reads fp32 logits, a chunk of rows at a time.
     """
     check_on_host(token_ids, mask, weight.shape[0])
     dtype = compute_dtype(hidden, weight, anchor_hidden, anchor_weight)
-    out = empty_stats(hidden, len(token_ids), dtype)
+    out = Found.empty(hidden, len(token_ids), dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         heads = _Heads(
             (hidden, weight),
@@ -108,14 +108,14 @@ def linear_token_stats_triton(
             dtype,
         )
         for chunk in _chunks(len(token_ids)):
-            row_statistics(heads.rows(chunk), Stats(*[part[chunk] for part in out]), entropy)
+            row_statistics(heads.rows(chunk), Found(*[part[chunk] for part in out]), entropy)
     return out
 
 
-def _logits_gradient(rows: Rows, upstream: Tensor, bf16: bool) -> Tensor:
+def _logits_gradient(rows: Rows, state: Tensor, upstream: Tensor, bf16: bool) -> Tensor:
     """dlogits of a chunk in bf16, or in place of its logits."""
     out = torch.empty_like(rows.logits, dtype=torch.bfloat16) if bf16 else rows.logits
-    row_gradient(rows, upstream.contiguous(), out)
+    row_gradient(rows, state.contiguous(), upstream.contiguous(), out)
     return out
 
 
@@ -131,9 +131,11 @@ def linear_token_stats_backward_triton(
     exact_kl: str,
     needs_hidden: bool,
     needs_weight: bool,
+    state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_token_stats_backward_reference`, without waiting for the GPU.
 
+    state: as the forward pass found it, with entropy if that has a gradient; else found again.
     Traffic: 2 N V D flops for each head, and 2 N V D for each gradient.
     Numerics: the gradient of the logits is rounded to bf16 where hidden and weight are bf16, and
         else stays fp32 (so do its GEMMs, which for fp16 are slow: fp16 would lose small gradients).
@@ -144,15 +146,18 @@ def linear_token_stats_backward_triton(
     dweight = torch.zeros_like(weight, dtype=dtype) if needs_weight else weight.new_empty(0)
     kept = (upstream != 0).any(1)
     anchor = (anchor_hidden, anchor_weight) if exact_kl else (None, None)
+    head = (temperature, softcap, exact_kl)
+    if state is None:
+        state = linear_token_stats_triton(hidden, weight, token_ids, kept, *anchor, *head, True)[4]
     with torch.autocast(hidden.device.type, enabled=False):
-        head = (temperature, softcap, exact_kl)
         heads = _Heads((hidden, weight), anchor, token_ids, kept, head, dtype)
         bf16 = dtype == torch.float32 and hidden.dtype == weight.dtype == torch.bfloat16
         # in bf16 on a GPU alone, but rounded alike everywhere
         operand = heads.policy[0].dtype if bf16 else dtype
         states, matrix = (x.to(operand) for x in heads.policy)
         for chunk in _chunks(len(token_ids)):
-            dlogits = _logits_gradient(heads.rows(chunk), upstream[chunk], bf16).to(operand)
+            dlogits = _logits_gradient(heads.rows(chunk), state[chunk], upstream[chunk], bf16)
+            dlogits = dlogits.to(operand)
             left = kept[chunk, None]
             if needs_hidden:
                 found = _product(dlogits, matrix, dtype)

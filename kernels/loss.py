@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from warp_fast.kernels._rows import FIELDS, ROW_FIELDS, gradient_kernel, row_kernel, sums_kernel
+from warp_fast.kernels._rows import FIELDS, STATE, gradient_kernel, row_kernel, sums_kernel
 from warp_fast.kernels._table import CODE, on_device
-from warp_fast.reference.loss import Stats, _check_ids, compute_dtype
+from warp_fast.reference.loss import _check_ids, compute_dtype
 
 _WARPS = 4
 # bytes of an element -> vectors of 8 elements at a time: as many as fit in registers
@@ -86,56 +86,58 @@ def _row_major(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _summed(rows: Rows, out: tuple[Tensor, ...], entropy: bool, backward: bool) -> None:
-    """Fill `out`: four statistics, or with backward what the gradient needs of each row."""
+class Found(NamedTuple):
+    """Stats of [N], and the state [N, STATE] in fp64 that the gradient of these rows takes."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    anchor_logprobs: Tensor
+    kl: Tensor
+    state: Tensor
+
+    @staticmethod
+    def empty(like: Tensor, count: int, dtype: torch.dtype) -> Found:
+        stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
+        return Found(*stats, like.new_empty((count, STATE.value), dtype=torch.float64))
+
+
+def row_statistics(rows: Rows, out: Found, entropy: bool) -> None:
+    """Write the statistics and the state of each kept row, 0 for the others."""
     count, size = rows.logits.shape
-    tensors, strides, factors = rows.arguments()
-    sums = out[0].new_empty((count, rows.pieces, FIELDS.value))
-    constants = rows.constants(out[0].dtype)
-    constants |= {"ANCHOR": rows.anchor is not None, "ENTROPY": entropy}
-    sums_kernel[(count * rows.pieces,)](
-        *tensors,
-        sums,
-        *strides,
-        size,
-        *factors,
-        **rows.tiles,
-        **constants,
-    )
-    row_kernel[(count,)](
-        *tensors,
-        sums,
-        *(out * 4)[:4],
-        *strides,
-        size,
-        *factors,
-        PADDED=triton.next_power_of_2(rows.pieces),
-        BACKWARD=backward,
-        num_warps=1,
-        **constants,
-    )
-
-
-def row_statistics(rows: Rows, out: Stats, entropy: bool) -> None:
-    """Write the statistics of each kept row, 0 for the others."""
-    if len(rows.logits):
-        with on_device(rows.logits):
-            _summed(rows, out, entropy, backward=False)
-
-
-def row_gradient(rows: Rows, upstream: Tensor, out: Tensor) -> None:
-    """Write dlogits to `out` [N, V], which may be the logits themselves; 0 in rows not kept."""
-    if not len(rows.logits):
+    if not count:
         return
-    count, size = rows.logits.shape
     tensors, strides, factors = rows.arguments()
-    table = upstream.new_empty((count, ROW_FIELDS.value))
+    sums = out.logprobs.new_empty((count, rows.pieces, FIELDS.value))
+    constants = rows.constants(out.logprobs.dtype)
+    constants |= {"ANCHOR": rows.anchor is not None, "ENTROPY": entropy}
     with on_device(rows.logits):
-        _summed(rows, (table,), entropy=True, backward=True)
+        sums_kernel[(count * rows.pieces,)](
+            *tensors, sums, *strides, size, *factors, **rows.tiles, **constants
+        )
+        row_kernel[(count,)](
+            *tensors,
+            sums,
+            *out,
+            *strides,
+            size,
+            *factors,
+            PADDED=triton.next_power_of_2(rows.pieces),
+            num_warps=1,
+            **constants,
+        )
+
+
+def row_gradient(rows: Rows, state: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """Write dlogits to `out` [N, V], which may be the logits themselves; 0 in rows not kept."""
+    count, size = rows.logits.shape
+    if not count:
+        return
+    tensors, strides, factors = rows.arguments()
+    with on_device(rows.logits):
         gradient_kernel[(count * rows.pieces,)](
             upstream,
             *tensors,
-            table,
+            state,
             out,
             *strides,
             out.stride(0),
@@ -145,10 +147,6 @@ def row_gradient(rows: Rows, upstream: Tensor, out: Tensor) -> None:
             **rows.tiles,
             **rows.constants(upstream.dtype),
         )
-
-
-def empty_stats(like: Tensor, count: int, dtype: torch.dtype) -> Stats:
-    return Stats(*[like.new_empty(count, dtype=dtype) for _ in range(4)])
 
 
 def check_on_host(token_ids: Tensor, kept: Tensor, vocabulary: int) -> None:
@@ -166,13 +164,13 @@ def token_stats_triton(
     softcap: float | None,
     exact_kl: str,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`token_stats_reference`, without waiting for the GPU.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`token_stats_reference` and the state for the gradient, without waiting for the GPU.
 
     Traffic: reads each kept row of both once.
     """
     check_on_host(token_ids, mask, logits.shape[1])
-    out = empty_stats(logits, len(token_ids), compute_dtype(logits, anchor_logits))
+    out = Found.empty(logits, len(token_ids), compute_dtype(logits, anchor_logits))
     head = (temperature, softcap, exact_kl)
     row_statistics(Rows.of(logits, anchor_logits, token_ids, mask, head), out, entropy)
     return out
@@ -186,16 +184,20 @@ def token_stats_backward_triton(
     temperature: float,
     softcap: float | None,
     exact_kl: str,
+    state: Tensor | None = None,
 ) -> Tensor:
     """`token_stats_backward_reference`, without waiting for the GPU.
 
-    Traffic: reads logits (and for an exact KL the anchor) twice, writes as much once; of a row
-    whose upstream is 0 only the writing.
+    state: as the forward pass found it, with entropy if that has a gradient; else found again.
+    Traffic: reads logits (and for an exact KL the anchor) and writes as much, once; of a row whose
+        upstream is 0 only the writing.
     """
     dlogits = torch.empty_like(logits)
     out = _row_major(dlogits)
     anchor = anchor_logits if exact_kl else None
-    head = (temperature, softcap, exact_kl)
-    rows = Rows.of(logits, anchor, token_ids, (upstream != 0).any(1), head)
-    row_gradient(rows, upstream.contiguous(), out)
+    head, kept = (temperature, softcap, exact_kl), (upstream != 0).any(1)
+    if state is None:
+        state = token_stats_triton(logits, token_ids, kept, anchor, *head, True)[4]
+    rows = Rows.of(logits, anchor, token_ids, kept, head)
+    row_gradient(rows, state.contiguous(), upstream.contiguous(), out)
     return dlogits if out is dlogits else dlogits.copy_(out)

@@ -163,8 +163,8 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
         # the gradient of a head's fp32 logits is rounded for the GEMMs
         out = "bf16" if logits == "fp32" else logits
         matrices = {"logits": f"*{logits}", "anchor": f"*{anchor or logits}"}
-        types = {**matrices, "out": f"*{out}", "token_ids": "*i64", "kept": "*u8"}
-        types |= dict.fromkeys(("sums", "rows", "upstream", "logprobs", "entropies"), f"*{fine}")
+        types = {**matrices, "out": f"*{out}", "token_ids": "*i64", "kept": "*u8", "state": "*fp64"}
+        types |= dict.fromkeys(("sums", "upstream", "logprobs", "entropies"), f"*{fine}")
         types |= dict.fromkeys(("anchor_logprobs", "kls"), f"*{fine}")
         types |= dict.fromkeys(("stride", "anchor_stride", "out_stride", "size"), "i32")
         types |= {"inner": "fp64", "outer": "fp64"}
@@ -181,7 +181,7 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
         padded: dict[str, int] = {"PADDED": 1 << (pieces - 1).bit_length()}
         variants: dict[str, dict[str, int]] = {
             "sums_kernel": sums | tiles,
-            "row_kernel": sums | padded | {"BACKWARD": False},
+            "row_kernel": sums | padded,
             "gradient_kernel": tiles | {"CODE": CODE[out]},
         }
         for kernel, more in variants.items():

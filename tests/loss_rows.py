@@ -76,9 +76,10 @@ def naive_gradients(
     return [x.detach() for x in values], torch.autograd.grad(total, leaves)
 
 
-def ours(
+def forward(
     leaves: Leaves, anchor: Leaves, ids: Tensor, mask: Tensor, head: Head, kl: str
 ) -> list[Tensor]:
+    """The four statistics and the state for the gradient."""
     if len(leaves) == 1:
         arguments = (*leaves, ids, mask, *(anchor or NO_ANCHOR[:1]), *head, kl, True)
         return list(kernels.token_stats_triton(*arguments))
@@ -86,13 +87,19 @@ def ours(
     return list(linear.linear_token_stats_triton(*arguments))
 
 
-def our_gradients(
-    leaves: Leaves, anchor: Leaves, upstream: Tensor, ids: Tensor, head: Head, kl: str
+def backward(
+    leaves: Leaves,
+    anchor: Leaves,
+    upstream: Tensor,
+    ids: Tensor,
+    head: Head,
+    kl: str,
+    state: Tensor | None = None,
 ) -> Sequence[Tensor]:
     if len(leaves) == 1:
-        arguments = (upstream, *leaves, ids, *(anchor or NO_ANCHOR[:1]), *head, kl)
+        arguments = (upstream, *leaves, ids, *(anchor or NO_ANCHOR[:1]), *head, kl, state)
         return [kernels.token_stats_backward_triton(*arguments)]
-    arguments = (upstream, *leaves, ids, *(anchor or NO_ANCHOR), *head, kl, True, True)
+    arguments = (upstream, *leaves, ids, *(anchor or NO_ANCHOR), *head, kl, True, True, state)
     found: Sequence[Tensor] = linear.linear_token_stats_backward_triton(*arguments)
     return found
 
@@ -107,7 +114,7 @@ def check(
 ) -> None:
     """Statistics and gradients of random upstream, each with its dtype, against float64."""
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    found = ours(leaves, anchor, ids, mask, head, kl)
+    *found, state = forward(leaves, anchor, ids, mask, head, kl)
     fine = found[0].dtype
     upstream = torch.randn(len(ids), 3, dtype=fine, device=DEVICE) * mask[:, None]
     upstream[:, 2] *= bool(kl)
@@ -121,7 +128,7 @@ def check(
     assert (found[0] <= 0).all() and (found[1] >= 0).all() and (found[3] >= 0).all()
     for name, a, b, c in zip(NAMES, found, gold, eager, strict=True):
         assert_close(name, a, b, c, scale)
-    gradients = our_gradients(leaves, anchor, upstream, ids, head, kl)
+    gradients = backward(leaves, anchor, upstream, ids, head, kl, state)
     for i, (a, b, c) in enumerate(zip(gradients, gold_gradients, eager_gradients, strict=True)):
         assert a.dtype == leaves[i].dtype
         # float64 is no better than itself: by as much a rounded score moves a probability

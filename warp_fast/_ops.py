@@ -384,6 +384,7 @@ TOKEN_STATS["triton"], LINEAR_TOKEN_STATS["triton"] = _define_stats(
         _triton("linear_loss", "linear_token_stats_backward_triton"),
     ),
     TRITON_DEVICE,
+    state=8,
 )
 TOKEN_STATS["cpp"], LINEAR_TOKEN_STATS["cpp"] = _define_stats(
     "cpp",
