@@ -2,6 +2,9 @@
 // owns. The launchers in warp_fast/native/ are its only callers and check what they pass.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <tuple>
@@ -167,6 +170,17 @@ void loss_gradient(const Matrix& logits, const Matrix& anchor, uintptr_t index, 
     WARP_FAST_DISPATCH(loss_gradient, call);
 }
 
+// Asks for huge pages where new memory is about to be written: the faults of small ones cost more
+// than the kernels.
+void advise_huge_pages(uintptr_t address, int64_t bytes) {
+#ifdef __linux__
+    constexpr uintptr_t kHuge = 2 << 20;
+    const uintptr_t first = (address + kHuge - 1) / kHuge * kHuge;
+    const uintptr_t last = (address + bytes) / kHuge * kHuge;
+    if (last > first) madvise(pointer(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 }  // namespace warp_fast
 
@@ -180,6 +194,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("loss_stats", &loss_stats, unlocked);
     m.def("loss_gradient", &loss_gradient, unlocked);
     m.attr("LOSS_STATE") = static_cast<int>(kStateWidth);
+    m.def("advise_huge_pages", &advise_huge_pages);
     m.attr("instructions") = has_avx2() ? "avx2" : "baseline";
 #ifdef WARP_FAST_HAS_CUDA
     m.attr("has_cuda") = true;

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from warp_fast import _sharded
 from warp_fast.flat import Segment
+from warp_fast.native.slerp import fresh_like
 
 Weights = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -140,10 +141,10 @@ def _check_form(which: str, init: Any, policy: Any) -> None:
 def empty_like(init: Any) -> Any:
     """New weights of the form of init."""
     if isinstance(init, Tensor):
-        return torch.empty_like(init)
+        return fresh_like(init)
     if isinstance(init, Mapping):
-        return {key: torch.empty_like(tensor) for key, tensor in init.items()}
-    return [torch.empty_like(tensor) for tensor in init]
+        return {key: fresh_like(tensor) for key, tensor in init.items()}
+    return [fresh_like(tensor) for tensor in init]
 
 
 def copy_gaps(layout: Layout, init: Any, result: Any) -> None:

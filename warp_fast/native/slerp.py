@@ -5,16 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from warp_fast._backend import MISSING
 from warp_fast.kernels import _table
 from warp_fast.native._addresses import addresses, codes, extension, sizes
 
-MOST_POLICIES_CUDA = 16
+_HUGE = 8 << 20  # bytes; less has no use for pages of 2 MiB
 _tables = _table.TableCache()
 
 
 def _by_tensor(columns: list[list[Tensor]]) -> list[Tensor]:
     """All columns of the first tensor, then all of the second, and so on."""
     return [tensor for row in zip(*columns, strict=True) for tensor in row]
+
+
+def fresh_like(tensor: Tensor) -> Tensor:
+    """torch.empty_like, in huge pages where it is large and the extension is there."""
+    new = torch.empty_like(tensor)
+    # a traced, fake or sharded tensor has no memory of its own
+    real = not torch.compiler.is_compiling() and type(new) is Tensor
+    if real and new.is_cpu and new.nbytes >= _HUGE and MISSING["cpp"] is None:
+        extension().advise_huge_pages(new.data_ptr(), new.nbytes)
+    return new
 
 
 def gram_cpp(init: list[Tensor], policies: list[Tensor], segment: list[int], count: int) -> Tensor:
