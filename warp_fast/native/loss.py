@@ -19,8 +19,8 @@ from warp_fast.native._addresses import CODE, extension
 from warp_fast.reference import loss as reference
 
 STATE = 8
-_COLUMNS = 4096  # of a tile
-_TILE = 1 << 23  # logits of a tile: 32 MiB
+_COLUMNS = 2048  # of a tile
+_TILE = 1 << 22  # logits of a tile: 16 MiB
 _EXACT = {"": 0, "reverse": 1, "forward": 2}
 Matrix = tuple[int, int, int]
 
