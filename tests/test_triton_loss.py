@@ -22,7 +22,6 @@ from tests.loss_rows import (
     check,
     forward,
     kernels,
-    linear,
     problem,
     some_mask,
 )
@@ -78,13 +77,6 @@ def test_a_row_gives_the_same_bits_in_any_batch() -> None:
     one = slice(2, 3)
     single = forward([leaves[0][one]], [anchor[0][one]], ids[one], mask[one], CAPPED, "reverse")
     assert all(torch.equal(whole[one], part) for whole, part in zip(together, single, strict=True))
-
-
-@both
-@pytest.mark.parametrize("kl", ["", "forward"])
-def test_chunks_of_rows(monkeypatch: pytest.MonkeyPatch, kl: str, form: str) -> None:
-    monkeypatch.setattr(linear, "_ROWS", 2)
-    check(*problem(form, 3, 7, BF16), some_mask(3), CAPPED, kl)
 
 
 @both
@@ -240,16 +232,6 @@ def test_state_that_is_not_given_is_found_again(form: str) -> None:
     given = backward(leaves, anchor, upstream, ids, CAPPED, "forward", state)
     again = backward(leaves, anchor, upstream, ids, CAPPED, "forward")
     assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
-
-
-@pytest.mark.parametrize("needs", [(True, False), (False, True)])
-def test_gradient_of_a_frozen_input_is_not_computed(needs: tuple[bool, bool]) -> None:
-    leaves, anchor, ids = problem("linear", 2, 7)
-    rest = (torch.ones(2, 3, device=DEVICE), *leaves, ids, *anchor, *CAPPED, "reverse")
-    whole = linear.linear_token_stats_backward_triton(*rest, True, True)
-    parts = linear.linear_token_stats_backward_triton(*rest, *needs)
-    for part, full, needed in zip(parts, whole, needs, strict=True):
-        assert torch.equal(part, full) if needed else part.numel() == 0
 
 
 PUBLIC = """

@@ -1,0 +1,80 @@
+"""The Triton backend of the loss around its kernels: chunks of rows, GEMMs, frozen inputs.
+
+Its values and gradients are tested with those of rows of logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.loss_rows import DEVICE, backward, check, forward, linear, problem, some_mask
+from tests.tolerances import assert_close
+
+# numpy says so where the kernels compute both sides of a choice
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CAPPED = (0.7, 5.0)
+
+
+@pytest.mark.parametrize("kl", ["", "forward"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_chunks_of_rows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kl: str) -> None:
+    monkeypatch.setattr(linear, "_ROWS", 2)
+    check(*problem("linear", 5, 7, dtype), some_mask(5), CAPPED, kl)
+
+
+def test_gradient_of_the_weight_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 300 chunks of one row: in bf16 the sum would stop growing after 256 of them."""
+    monkeypatch.setattr(linear, "_ROWS", 1)
+    monkeypatch.setattr(linear, "_logits_gradient", lambda rows, *_: torch.ones_like(rows.logits))
+    hidden, weight = torch.ones(300, 2, dtype=BF16), torch.ones(3, 2, dtype=BF16)
+    upstream, ids = torch.ones(300, 3), torch.zeros(300, dtype=torch.long)
+    state = torch.zeros(300, 8, dtype=torch.float64)
+    rest = (ids.to(DEVICE), None, None, *CAPPED, "", False, True, state.to(DEVICE))
+    given = [x.to(DEVICE) for x in (upstream, hidden, weight)]
+    assert (linear.linear_token_stats_backward_triton(*given, *rest)[1] == 300).all()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GEMMs of a GPU are in every other test there")
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_gemms_of_16_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Those that a GPU takes, with stand-ins for what torch has on GPUs alone: out_dtype."""
+    mm, addmm, seen = torch.mm, torch.addmm, []
+
+    def wide_mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        seen.append(a.dtype)
+        return mm(a, b) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
+
+    def wide_addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: Any, out: Tensor) -> Tensor:
+        seen.append(a.dtype)
+        return addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)
+
+    leaves, anchor, ids = problem("linear", 3, 9, dtype)
+    upstream = torch.randn(3, 3) * some_mask(3)[:, None]
+    values = forward(leaves, anchor, ids, some_mask(3), CAPPED, "reverse")
+    gradients = backward(leaves, anchor, upstream, ids, CAPPED, "reverse", values[4])
+    monkeypatch.setattr(linear, "_operands", lambda states, weight, _: (states, weight))
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    found = forward(leaves, anchor, ids, some_mask(3), CAPPED, "reverse")
+    again = backward(leaves, anchor, upstream, ids, CAPPED, "reverse", found[4])
+    for a, b in zip([*found, *again], [*values, *gradients], strict=True):
+        assert a.dtype == b.dtype
+        assert_close("of 16 bits", a, b.double(), b)
+    # logits of both in the two passes, then hidden and weight, where fp16 would lose small numbers
+    assert seen == [dtype] * 4 + ([BF16] * 2 if dtype == BF16 else [FP32])
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_gradient_of_a_frozen_input_is_not_computed(needs: tuple[bool, bool]) -> None:
+    leaves, anchor, ids = problem("linear", 2, 7)
+    rest = (torch.ones(2, 3, device=DEVICE), *leaves, ids, *anchor, *CAPPED, "reverse")
+    whole = linear.linear_token_stats_backward_triton(*rest, True, True)
+    parts = linear.linear_token_stats_backward_triton(*rest, *needs)
+    for part, full, needed in zip(parts, whole, needs, strict=True):
+        assert torch.equal(part, full) if needed else part.numel() == 0
