@@ -12,6 +12,7 @@ from torch import Tensor
 import warp_fast
 from tests.tolerances import assert_close, largest
 from warp_fast._backend import MISSING
+from warp_fast.native import _tiles
 from warp_fast.native import loss as native
 
 pytestmark = pytest.mark.skipif(MISSING["cpp"] is not None, reason=str(MISSING["cpp"]))
@@ -111,8 +112,8 @@ def test_one_row_of_the_vocabulary_of_gemma(kl: Any, form: str) -> None:
 def test_tiles_of_any_size(
     monkeypatch: pytest.MonkeyPatch, columns: int, rows: int, kl: Any
 ) -> None:
-    monkeypatch.setattr(native, "_COLUMNS", columns)
-    monkeypatch.setattr(native, "_TILE", rows * columns)
+    monkeypatch.setattr(_tiles, "_COLUMNS", columns)
+    monkeypatch.setattr(_tiles, "_TILE", rows * columns)
     near_reference("linear", kl, inputs("linear", 9, 40 if columns < 10 else 1000))
 
 
@@ -123,7 +124,7 @@ def test_gradient_of_a_16_bit_weight_is_summed_in_fp32(
     """Over many pieces of rows: rounded once, at the end."""
     hidden, weight = (x.to(dtype) for x in inputs("linear", 300, 20))
     whole = outputs("linear", "none", [hidden, weight], backend="cpp")
-    monkeypatch.setattr(native, "_TILE", 20)
+    monkeypatch.setattr(_tiles, "_TILE", 20)
     pieces = outputs("linear", "none", [hidden, weight], backend="cpp")
     torch.testing.assert_close(pieces["weight"], whole["weight"], rtol=2.0**-7, atol=1e-6)
     exact = outputs("linear", "none", [hidden.double(), weight.double()], backend="cpp")

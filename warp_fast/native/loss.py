@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from warp_fast.native._addresses import CODE, extension
+from warp_fast.native._tiles import Gradients, Product
 from warp_fast.reference import loss as reference
 
 STATE = 8
-_COLUMNS = 2048  # of a tile
-_TILE = 1 << 22  # logits of a tile: 16 MiB
 _EXACT = {"": 0, "reverse": 1, "forward": 2}
 Matrix = tuple[int, int, int]
 
@@ -118,17 +117,17 @@ def linear_token_stats_cpp(
     state, ids = _new_state(rows), token_ids[rows]
     head = _Head(temperature, softcap, exact_kl)
     with torch.autocast("cpu", enabled=False):
-        policy = _Product(hidden[rows], weight)
+        policy = Product(hidden[rows], weight)
         if anchor_hidden is None or anchor_weight is None:
             for piece, first, logits in policy.tiles():
                 head.stats(logits, None, ids[piece], state[piece], entropy, first)
         elif exact_kl:
-            anchor = _Product(anchor_hidden[rows], anchor_weight)
+            anchor = Product(anchor_hidden[rows], anchor_weight)
             pairs = zip(policy.tiles(), anchor.tiles(), strict=True)
             for (piece, first, logits), (_, _, other) in pairs:
                 head.stats(logits, other, ids[piece], state[piece], entropy, first)
         else:
-            anchor = _Product(anchor_hidden[rows], anchor_weight, policy.buffer)
+            anchor = Product(anchor_hidden[rows], anchor_weight, policy.buffer)
             for piece, first, logits in policy.tiles():
                 head.stats(logits, None, ids[piece], state[piece], entropy, first)
             for piece, first, logits in anchor.tiles():
@@ -169,11 +168,11 @@ def linear_token_stats_backward_cpp(
     coefficients = _coefficients(state[rows], upstream[rows], exact_kl, temperature)
     head, ids = _Head(temperature, softcap, exact_kl), token_ids[rows]
     with torch.autocast("cpu", enabled=False):
-        policy = _Product(hidden[rows], weight)
+        policy = Product(hidden[rows], weight)
         anchor_tiles: Iterator[tuple[slice, int, Tensor]] | None = None
         if anchor_hidden is not None and anchor_weight is not None and exact_kl:
-            anchor_tiles = _Product(anchor_hidden[rows], anchor_weight).tiles()
-        gradients = _Gradients(policy, needs_hidden, needs_weight)
+            anchor_tiles = Product(anchor_hidden[rows], anchor_weight).tiles()
+        gradients = Gradients(policy, needs_hidden, needs_weight)
         for piece, first, logits in policy.tiles():
             other = None if anchor_tiles is None else next(anchor_tiles)[2]
             head.gradient(logits, other, ids[piece], coefficients[piece], logits, first)
@@ -246,57 +245,6 @@ class _Head:
             self.temperature,
             torch.get_num_threads(),
         )
-
-
-class _Product:
-    """states [n, D] @ weight [V, D].T in fp32, a tile at a time in one buffer."""
-
-    def __init__(self, states: Tensor, weight: Tensor, buffer: Tensor | None = None) -> None:
-        self.states, self.weight = states.float(), weight
-        self.columns = min(_COLUMNS, len(weight))
-        self.rows = min(max(1, _TILE // self.columns), len(states))
-        size = self.rows * self.columns
-        self.buffer = torch.empty(size) if buffer is None else buffer
-        self.head = weight[:0]
-
-    def tiles(self) -> Iterator[tuple[slice, int, Tensor]]:
-        """(rows, first column, logits); `head` is the weight of those columns in fp32."""
-        for first in range(0, len(self.weight) if self.rows else 0, self.columns):
-            self.head = self.weight[first : first + self.columns].float()
-            for start in range(0, len(self.states), self.rows):
-                piece = slice(start, min(start + self.rows, len(self.states)))
-                shape = piece.stop - start, len(self.head)
-                logits = self.buffer[: shape[0] * shape[1]].view(shape)
-                yield piece, first, torch.mm(self.states[piece], self.head.T, out=logits)
-
-
-class _Gradients:
-    """Sums over tiles of dlogits: [n, D] of the states, [V, D] of the weight."""
-
-    def __init__(self, product: _Product, needs_states: bool, needs_weight: bool) -> None:
-        self.product, self.needs_states, self.needs_weight = product, needs_states, needs_weight
-        self.states = torch.zeros_like(product.states) if needs_states else torch.empty(0)
-        of = product.weight
-        self.weight = of.new_empty(0)
-        if needs_weight:
-            self.weight = torch.empty_like(of) if product.rows else torch.zeros_like(of)
-        direct = of.dtype == torch.float32
-        self.scratch = None if direct else torch.empty(product.columns, of.shape[1])
-
-    def add(self, piece: slice, first: int, dlogits: Tensor) -> None:
-        states, head = self.product.states[piece], self.product.head
-        if self.needs_states:
-            self.states[piece].addmm_(dlogits, head)
-        if not self.needs_weight:
-            return
-        target = self.weight[first : first + len(head)]
-        total = target if self.scratch is None else self.scratch[: len(head)]
-        if piece.start == 0:
-            torch.mm(dlogits.T, states, out=total)
-        else:
-            total.addmm_(dlogits.T, states)
-        if total is not target and piece.stop == len(self.product.states):
-            target.copy_(total)
 
 
 def _matrix(rows: Tensor) -> Matrix:
