@@ -1,7 +1,8 @@
-"""The embedded default, `make demo`: WARP beside plain REINFORCE on the same number of samples.
+"""The embedded default, `make demo`: WARP beside plain REINFORCE, and beside the best possible.
 
 Fits the small SFT policy, then trains WARP here while a second process trains REINFORCE with an SFT
-anchor, one processor core each; started again, it goes on where it stopped.
+anchor, one processor core each; started again, it goes on where it stopped. Each REINFORCE run
+samples as many completions as WARP does in all.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from warp_fast.demo import sft
+from warp_fast.demo.optimum import best_curve
 from warp_fast.rl import WarpConfig, warp
 from warp_fast.rl.evaluate import read_front
 from warp_fast.rl.files import read_json_lines
-from warp_fast.rl.plot import plot_front
+from warp_fast.rl.plot import Curve, plot_front
 
 DIRECTORY = Path("runs/demo")
 CONFIG = Path(__file__).with_name("warp.yaml")
 SFT_STEPS = 250
-REINFORCE_RATES = (1e-3, 5e-4)  # WARP's learning rate, and the one that is best for REINFORCE
+REINFORCE_BETAS = (0.3, 0.1)  # REINFORCE needs a run for each place on the front
 BUDGETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)  # KL to SFT, nats per completion
 
 
@@ -45,14 +47,15 @@ def main() -> None:
     baseline = start_reinforce(settings)
     console.rule("WARP")
     warp(WarpConfig(**settings))
+    with console.status("finding the best front of the task"):
+        best = best_curve(WarpConfig(**settings))
     with console.status("waiting for REINFORCE, which samples as much in each of its runs"):
         if baseline.wait() != 0:
             sys.exit(f"REINFORCE failed; see {DIRECTORY / 'reinforce.log'}")
     points = read_front(DIRECTORY / "warp" / "front.csv")
-    curves = {f"REINFORCE, lr {rate:g}": trajectory(rate) for rate in REINFORCE_RATES}
-    plot_front(DIRECTORY / "front.png", points, curves)
-    warp_curve = {f"WARP, lr {settings['learning_rate']:g}": [vars(p) for p in points]}
-    Console().print(budget_table({**warp_curve, **curves}))
+    curves = {f"REINFORCE b={beta:g}": trajectory(beta) for beta in REINFORCE_BETAS}
+    plot_front(DIRECTORY / "front.png", points, curves, best)
+    Console().print(budget_table({"WARP": [vars(p) for p in points], **curves}, best))
     console.print(f"picture: {DIRECTORY / 'front.png'}   report: {DIRECTORY / 'warp/report.md'}")
 
 
@@ -68,15 +71,15 @@ def fit_sft(console: Console) -> None:
         )
 
 
-def reinforce_config(settings: dict[str, Any], rate: float) -> WarpConfig:
+def reinforce_config(settings: dict[str, Any], beta: float) -> WarpConfig:
     """One run against a static SFT anchor with all the steps of WARP's runs together."""
     steps = settings["iterations"] * settings["runs"] * settings["steps"]
     changed = {
-        "output": str(DIRECTORY / f"reinforce-{rate:g}"),
+        "output": str(DIRECTORY / f"reinforce-{beta:g}"),
         "iterations": 1,
         "runs": 1,
         "steps": steps,
-        "learning_rate": rate,
+        "beta": beta,
         "ema_rate": 0.0,
         "sweep": [1.0],
         "eval_every": steps // 16,
@@ -88,16 +91,16 @@ def start_reinforce(settings: dict[str, Any]) -> subprocess.Popen[bytes]:
     """Train the baselines, one after the other, in a process beside this one."""
     code = (
         "import torch, yaml; torch.set_num_threads(1); from warp_fast.demo import __main__ as demo;"
-        f"[demo.warp(demo.reinforce_config({settings!r}, rate), progress=False) "
-        "for rate in demo.REINFORCE_RATES]"
+        f"[demo.warp(demo.reinforce_config({settings!r}, beta), progress=False) "
+        "for beta in demo.REINFORCE_BETAS]"
     )
     with open(DIRECTORY / "reinforce.log", "wb") as log:
         return subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
 
 
-def trajectory(rate: float) -> list[dict[str, float]]:
+def trajectory(beta: float) -> list[dict[str, float]]:
     """The evaluations made along a REINFORCE run."""
-    rows = read_json_lines(DIRECTORY / f"reinforce-{rate:g}" / "metrics.jsonl")
+    rows = read_json_lines(DIRECTORY / f"reinforce-{beta:g}" / "metrics.jsonl")
     prefix = "eval_"
     return [
         {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
@@ -106,23 +109,30 @@ def trajectory(rate: float) -> list[dict[str, float]]:
     ]
 
 
-def budget_table(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+def budget_table(curves: Mapping[str, Curve], best: Curve) -> Table:
     """The best reward of each method within each KL budget, and the true score of that policy."""
     title = "best reward within a KL budget, 95 % interval (its true score)"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("KL, nats", *curves):
+    for name in ("KL", *curves, "possible"):
         table.add_column(name, justify="right", no_wrap=True)
     for budget in BUDGETS:
-        within = [[p for p in curve if p["kl"] <= budget] for curve in curves.values()]
-        best = [max(points, key=lambda p: p["reward"], default=None) for points in within]
-        table.add_row(f"<= {budget:g}", *map(_cell, best))
+        cells = [_cell(_most_reward(curve, budget)) for curve in curves.values()]
+        # the last point of the best curve is where its estimate ends, not a limit
+        known = budget <= best[-1]["kl"]
+        possible = f"{_most_reward(best, budget)['reward']:.2f}" if known else ""
+        table.add_row(f"<= {budget:g}", *cells, possible)
     return table
+
+
+def _most_reward(curve: Curve, budget: float) -> Any:
+    within = [point for point in curve if point["kl"] <= budget]
+    return max(within, key=lambda point: point["reward"], default=None)
 
 
 def _cell(point: Mapping[str, Any] | None) -> str:
     if point is None:
         return "-"
-    return f"{point['reward']:.2f} +- {point['reward_ci']:.2f} ({point['held_out']:.2f})"
+    return f"{point['reward']:.2f}+-{point['reward_ci']:.2f} ({point['held_out']:.2f})"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ _COMPARED_MARKERS = ("s", "^", "D")
 
 
 def plot_front(
-    path: Path, points: Sequence[FrontPoint], compared: Mapping[str, Curve] | None = None
+    path: Path,
+    points: Sequence[FrontPoint],
+    compared: Mapping[str, Curve] | None = None,
+    best: Curve = (),
 ) -> None:
     """Draw reward (and the held-out reward, if any) against KL to SFT, one line per policy.
 
@@ -25,6 +28,7 @@ def plot_front(
         path: of the .png.
         points: of the fronts.
         compared: further policies by label, drawn as single points; keys of an Evaluation.
+        best: the policies of most reward at their KL, drawn as a line.
     """
     figure_module = _pyplot()
     held_out = any(p.held_out == p.held_out for p in points)
@@ -44,6 +48,9 @@ def plot_front(
         for i, (name, curve) in enumerate((compared or {}).items()):
             style = {"color": _COMPARED_COLORS[i % 3], "marker": _COMPARED_MARKERS[i % 3]}
             _draw(axis, curve, key, name, linestyle="none", **style)
+        if best:
+            line = [[p[name] for p in best] for name in ("kl", key)]
+            axis.plot(*line, color="black", linestyle=":", label="best reward possible")
         # the square root keeps both the small KLs and the far ends readable
         axis.set_xscale("function", functions=(_root, _square))
         furthest = axis.get_xlim()[1]
