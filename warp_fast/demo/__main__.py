@@ -7,6 +7,7 @@ samples as many completions as WARP does in all.
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from warp_fast.demo import sft
 from warp_fast.demo.optimum import best_curve
 from warp_fast.rl import WarpConfig, warp
 from warp_fast.rl.evaluate import read_front
-from warp_fast.rl.files import read_json_lines
+from warp_fast.rl.files import read_json_lines, replaced
 from warp_fast.rl.plot import Curve, plot_front
 
 DIRECTORY = Path("runs/demo")
@@ -48,7 +49,7 @@ def main() -> None:
     console.rule("WARP")
     warp(WarpConfig(**settings))
     with console.status("finding the best front of the task"):
-        best = best_curve(WarpConfig(**settings))
+        best = best_front(settings)
     with console.status("waiting for REINFORCE, which samples as much in each of its runs"):
         if baseline.wait() != 0:
             sys.exit(f"REINFORCE failed; see {DIRECTORY / 'reinforce.log'}")
@@ -96,6 +97,16 @@ def start_reinforce(settings: dict[str, Any]) -> subprocess.Popen[bytes]:
     )
     with open(DIRECTORY / "reinforce.log", "wb") as log:
         return subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+
+
+def best_front(settings: dict[str, Any]) -> list[dict[str, float]]:
+    """The best curve, found once."""
+    path = DIRECTORY / "best.json"
+    if not path.exists():
+        with replaced(path) as aside:
+            aside.write_text(json.dumps(best_curve(WarpConfig(**settings))), encoding="utf-8")
+    found: list[dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def trajectory(beta: float) -> list[dict[str, float]]:
