@@ -48,6 +48,13 @@ def floating(**tensors: Tensor | None) -> None:
             )
 
 
+def rows(logits: Tensor, name: str) -> None:
+    """logits [..., V] has a vocabulary."""
+    floating(**{name: logits})
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must be [..., V] with V >= 1; got {tuple(logits.shape)}")
+
+
 def token_ids(ids: Tensor, shape: torch.Size, device: torch.device, name: str) -> None:
     """Ids are integers, one per row of `name`, on its device."""
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
@@ -64,10 +71,11 @@ def token_ids(ids: Tensor, shape: torch.Size, device: torch.device, name: str) -
 def linear(states: Tensor, matrix: Tensor, states_name: str, matrix_name: str) -> None:
     """states [..., D] and matrix [V, D] fit."""
     floating(**{states_name: states, matrix_name: matrix})
-    if matrix.dim() != 2 or states.dim() < 1 or states.shape[-1] != matrix.shape[1]:
+    fits = matrix.dim() == 2 and states.dim() >= 1 and states.shape[-1] == matrix.shape[1]
+    if not fits or matrix.shape[0] == 0:
         raise ValueError(
-            f"{states_name} must be [..., D] and {matrix_name} [V, D]; got {tuple(states.shape)} "
-            f"and {tuple(matrix.shape)}"
+            f"{states_name} must be [..., D] and {matrix_name} [V, D], V >= 1; "
+            f"got {tuple(states.shape)} and {tuple(matrix.shape)}"
         )
     if states.device != matrix.device:
         raise ValueError(

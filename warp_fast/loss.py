@@ -67,8 +67,8 @@ def token_logprobs(
     Numerics: fp32 throughout, max subtracted. Gradients flow to logits.
     """
     checks.head(temperature, softcap)
+    checks.rows(logits, "logits")
     checks.token_ids(token_ids, logits.shape[:-1], logits.device, "logits")
-    checks.floating(logits=logits)
     op = _ops.TOKEN_STATS[resolve("loss", backend, logits.device)]
     rows, ids = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1).long()
     everything = torch.ones_like(ids, dtype=torch.bool)
@@ -183,7 +183,8 @@ def warp_loss(
         returned per-token values; an all-masked batch gives 0 and zero gradients.
     """
     checks.head(temperature, softcap)
-    checks.floating(logits=logits, anchor_logits=anchor_logits)
+    checks.rows(logits, "logits")
+    checks.floating(anchor_logits=anchor_logits)
     rows = Rows.of(token_ids, mask, cu_seqlens, logits.shape[:-1], logits.device, "logits")
     checks.same_shape(anchor_logits, "anchor_logits", logits, "logits")
     terms = checks.terms(
