@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,12 +57,11 @@ def _usage() -> str:
 
 def _run(command: str, rest: list[str]) -> int:
     from jsonargparse import ArgumentError, ArgumentParser, Namespace
-    from transformers.utils import logging
 
     from warp_fast import commands
 
-    # ours shows what is going on; theirs would draw over it
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # our progress shows what is going on; that of transformers would draw over it
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     function: Callable[..., None] = getattr(commands, command)
     parser = ArgumentParser(
@@ -81,7 +81,7 @@ def _run(command: str, rest: list[str]) -> int:
         function(**parser.instantiate(options).as_dict())
     except KeyboardInterrupt:
         return _fail("interrupted; start the same command again to go on", 130)
-    except (ValueError, TypeError, OSError, commands.RewardError) as error:
+    except (ValueError, TypeError, OSError) as error:
         return _fail(str(error), 1)
     return 0
 

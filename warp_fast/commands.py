@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from warp_fast.merge import merge_checkpoints
-from warp_fast.rl.compare import evaluate_checkpoints
-from warp_fast.rl.config import WarpConfig
-from warp_fast.rl.reward import RewardError
-from warp_fast.rl.warp import warp
+# each command imports what it needs when it runs: merge has no use for transformers
 
-__all__ = ["RewardError", "add_options", "eval", "merge", "train"]
+__all__ = ["add_options", "eval", "merge", "train"]
 
 
 def add_options(parser: Any, command: str) -> None:
     """Give a jsonargparse parser the options of a command, from its signature and docstring."""
     if command == "train":
+        from warp_fast.rl.config import WarpConfig
+
         parser.add_class_arguments(WarpConfig)
     else:
         parser.add_function_arguments(globals()[command])
@@ -24,6 +22,8 @@ def add_options(parser: Any, command: str) -> None:
 
 def train(**options: Any) -> None:
     """Run WARP; the options are the fields of WarpConfig."""
+    from warp_fast.rl import WarpConfig, warp
+
     warp(WarpConfig(**options))
 
 
@@ -51,6 +51,8 @@ def merge(
         dry_run: say what would be done and stop.
         backend: auto, reference, cpp, triton or cuda.
     """
+    from warp_fast.merge import merge_checkpoints
+
     merge_checkpoints(
         init,
         list(policy),
@@ -98,6 +100,9 @@ def eval(
         device: auto, cpu or cuda.
         attention: auto, or a name that transformers knows.
     """
+    from warp_fast.rl.compare import evaluate_checkpoints
+    from warp_fast.rl.config import WarpConfig
+
     config = WarpConfig(
         policy=sft,
         prompts=prompts,

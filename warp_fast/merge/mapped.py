@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from warp_fast.merge.checkpoint import Checkpoint, Entry
+
+_POPULATE_READ = 22  # Linux 5.14; the mmap module has no name for it
 
 
 class MappedFiles:
@@ -33,9 +37,19 @@ class MappedFiles:
         """Elements start to stop of a tensor, flat."""
         size = entry.dtype.itemsize
         first = entry.start + start * size
+        self._populate(entry, first, (stop - start) * size)
         raw = self._bytes[entry.file][first : first + (stop - start) * size]
         # a view must be aligned in memory; files with mixed dtypes need not be
         return (raw if first % size == 0 else raw.clone()).view(entry.dtype)
+
+    def _populate(self, entry: Entry, first: int, length: int) -> None:
+        """Map the pages in one call: a fault for each costs as much as the arithmetic."""
+        if sys.platform != "linux":
+            return
+        begin = first // mmap.PAGESIZE * mmap.PAGESIZE
+        # older kernels do not know it; then the pages are mapped as they are touched
+        with contextlib.suppress(OSError):
+            self._maps[entry.file].madvise(_POPULATE_READ, begin, first + length - begin)
 
     def content(self, entry: Entry) -> memoryview:
         """The bytes of a whole tensor."""

@@ -19,7 +19,7 @@ from warp_fast.rl.prompts import Prompt
 Reward = Callable[..., Sequence[float]]
 
 
-class RewardError(RuntimeError):
+class RewardError(ValueError):
     """A reward raised, or returned what is not one finite number per completion."""
 
 
