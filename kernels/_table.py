@@ -18,6 +18,7 @@ LANES = 8  # elements: 16 bytes of bf16; runs of 2- and 4-byte elements this lon
 _ALIGNMENT = 16  # bytes of the widest load
 _KEPT = 16  # tables; past that the one used longest ago goes
 
+# the numbers of csrc/codes.h
 CODE = {
     torch.bfloat16: 0,
     torch.float16: 1,

@@ -6,17 +6,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-# the numbers of csrc/codes.h
-CODE = {
-    torch.bfloat16: 0,
-    torch.float16: 1,
-    torch.float32: 2,
-    torch.float64: 3,
-    torch.int16: 4,
-}
+from warp_fast.kernels._table import CODE
 
 
 def extension() -> Any:

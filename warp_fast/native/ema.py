@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from warp_fast.kernels import _table
-from warp_fast.native._addresses import CODE, addresses, codes, extension, sizes
+from warp_fast.native._addresses import addresses, codes, extension, sizes
 from warp_fast.reference.ema import random_key
 
 _FULL, _SPLIT, _STOCHASTIC = range(3)  # csrc/codes.h
@@ -83,7 +83,7 @@ def ema_update_cuda_(
                 launch.aligned,
                 rate,
                 0 if device_rate is None else device_rate.data_ptr(),
-                CODE[torch.float64 if device_rate is None else device_rate.dtype],
+                _table.CODE[torch.float64 if device_rate is None else device_rate.dtype],
                 *random_key(seed, step),
                 torch.cuda.current_stream().cuda_stream,
             )

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from warp_fast.native._addresses import CODE, extension
+from warp_fast.kernels._table import CODE
+from warp_fast.native._addresses import extension
 from warp_fast.native._tiles import Gradients, Product
 from warp_fast.reference import loss as reference
 
