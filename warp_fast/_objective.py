@@ -72,10 +72,14 @@ class Rows:
 
     def to_go(self, values: Tensor) -> Tensor:
         """[N]: the sum from each token to the end of its sequence."""
-        through = values.double().cumsum(0)
-        before = through - values
-        last = (self.ends[self.sequence] - 1).clamp(min=0)
-        return (through[last] - before).to(values.dtype)
+        # sums over the whole batch would carry an inf, and the rounding of a 1e30, to the others
+        sums = values.to(torch.float64, copy=True)
+        reach = 1
+        while reach < self.shape[-1]:
+            same = self.sequence[reach:] == self.sequence[:-reach]
+            sums[:-reach] += torch.where(same, sums[reach:], 0)
+            reach *= 2
+        return sums.to(values.dtype)
 
 
 def objective(rows: Rows, stats: Stats, terms: Terms) -> tuple[Tensor, Tensor]:
