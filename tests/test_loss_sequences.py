@@ -10,7 +10,21 @@ from torch import Tensor
 
 from tests.test_loss_checks import B, T, arguments, both, every_kl, gradients, loss_of, served
 
+# N = 6 = B, so that advantages of [6] could be of tokens
+SOME_EMPTY = torch.tensor([0, 2, 2, 3, 3, 3, 6])
 LAYOUTS = {"padded": None, "packed": torch.tensor([0, 2, 2, 6])}
+
+
+@both
+@served
+def test_as_many_advantages_as_sequences_are_of_the_sequences(form: str, backend: str) -> None:
+    """Even where there are as many tokens; [B] means the same whatever the lengths are."""
+    given = arguments(form, 6)
+    given["cu_seqlens"] = SOME_EMPTY
+    owner = torch.tensor([0, 0, 2, 5, 5, 5])
+    found = loss_of(given, kl="none", backend=backend)
+    expected = -(given["advantages"][owner] * found.logprobs).sum() / 6
+    torch.testing.assert_close(found.loss, expected)
 
 
 @both

@@ -206,18 +206,24 @@ def _per_token(rows: Rows, values: Tensor | None, name: str) -> Tensor | None:
             f"got {tuple(values.shape)} on {values.device}"
         )
     floating(**{name: values})
-    return torch.where(rows.mask, values.detach().reshape(-1), 0)
+    flat = torch.where(rows.mask, values.detach().reshape(-1), 0)
+    if can_look(flat) and not (flat < math.inf).all():
+        at = int((~(flat < math.inf)).nonzero()[0])
+        raise ValueError(
+            f"{name} must not be NaN or inf where the mask is set; row {at} is {float(flat[at])}"
+        )
+    return flat
 
 
 def _per_token_advantages(rows: Rows, advantages: Tensor) -> Tensor:
-    """[N], 0 where masked, from [B] or the shape of token_ids."""
+    """[N], 0 where masked, from [B] or else the shape of token_ids."""
     floating(advantages=advantages)
     if advantages.device != rows.mask.device:
         raise ValueError(f"advantages must be on {rows.mask.device}; got {advantages.device}")
-    if advantages.shape == rows.shape:
-        spread = advantages.detach().reshape(-1)
-    elif advantages.shape == (rows.count,):
+    if advantages.shape == (rows.count,):
         spread = advantages.detach()[rows.sequence]
+    elif advantages.shape == rows.shape:
+        spread = advantages.detach().reshape(-1)
     else:
         raise ValueError(
             f"advantages must be [B] = [{rows.count}] or per token {list(rows.shape)}; "

@@ -154,7 +154,7 @@ def warp_loss(
     Args:
         logits: [B, T, V], or packed [N, V] with cu_seqlens; fp32, bf16, fp16 or fp64.
         token_ids: [B, T] or [N] integers; anything where masked.
-        advantages: [B], or per token.
+        advantages: [B], or per token; packed with N = B (some sequence is empty), one per sequence.
         anchor_logits: like logits. Needed for "reverse" and "forward".
         anchor_logprobs: [B, T] or [N], at the same temperature; instead of anchor_logits.
         mask: [B, T] or [N], bool or 0/1; default everything counts.
@@ -173,9 +173,10 @@ def warp_loss(
         the exact value for "reverse" and "forward", 0 for "none".
 
     Raises:
-        ValueError: shapes, devices or values do not fit; NaN advantages or ids outside the
-            vocabulary where the mask is set (not looked for on GPUs, which would wait for it).
-            TypeError: dtypes do not fit. kl="k1" is refused: its gradient is zero in expectation.
+        ValueError: shapes, devices or values do not fit; where the mask is set, NaN advantages,
+            log-probs of NaN or inf, ids outside the vocabulary (not looked for on GPUs, which
+            would wait for it). TypeError: dtypes do not fit. kl="k1" is refused: its gradient is
+            zero in expectation.
 
     Traffic: reads policy and anchor logits once, the gradient reads the policy (for exact KL the
         anchor too) and writes as much.
