@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-OPS = dict(cpu="ema gram loss slerp", avx2="ema gram loss slerp", cuda="ema gram slerp")
+OPS = dict(cpu="ema gram loss slerp", avx2="ema gram loss slerp", cuda="ema gram loss slerp")
 
 
 def cuda_archs() -> str:

@@ -182,7 +182,7 @@ def losses(device: torch.device) -> dict[str, Loss]:
 
 def _backends(device: torch.device) -> list[str]:
     """What serves a device at speed: not the interpreter of Triton."""
-    served = [b for b in SERVED["loss"][device.type] if MISSING[b] is None]
+    served = [b for b in SERVED["linear_loss"][device.type] if MISSING[b] is None]
     return [b for b in served if device.type == "cuda" or b != "triton"]
 
 

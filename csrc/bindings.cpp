@@ -170,6 +170,14 @@ void loss_gradient(const Matrix& logits, const Matrix& anchor, uintptr_t index, 
     WARP_FAST_DISPATCH(loss_gradient, call);
 }
 
+#ifdef WARP_FAST_HAS_CUDA
+LossRows loss_rows(const Matrix& logits, const Matrix& anchor, uintptr_t token_ids, int64_t rows,
+                   int64_t width, double softcap, double temperature, int exact_kl) {
+    return {loss_matrix(logits), loss_matrix(anchor), static_cast<int64_t*>(pointer(token_ids)),
+            rows, width, softcap, temperature, static_cast<ExactKl>(exact_kl)};
+}
+#endif
+
 // Asks for huge pages where new memory is about to be written: the faults of small ones cost more
 // than the kernels.
 void advise_huge_pages(uintptr_t address, int64_t bytes) {
@@ -230,6 +238,27 @@ PYBIND11_MODULE(_C, m) {
                          static_cast<const int32_t*>(pointer(block_entry)), blocks, policies, rows,
                          segments, codes, out_code, aligned,
                          static_cast<const double*>(pointer(coefficients)), pointer(stream));
+    });
+    m.def("loss_stats_cuda", [](const Matrix& logits, const Matrix& anchor, uintptr_t token_ids,
+                                int64_t rows, int64_t width, double softcap, double temperature,
+                                int exact_kl, uintptr_t kept, bool entropy, const Addresses& stats,
+                                uintptr_t state, uintptr_t stream) {
+        const auto out = [&](int i) { return static_cast<float*>(pointer(stats.at(i))); };
+        loss_stats_cuda(loss_rows(logits, anchor, token_ids, rows, width, softcap, temperature,
+                                  exact_kl),
+                        static_cast<const uint8_t*>(pointer(kept)), entropy,
+                        {out(0), out(1), out(2), out(3), static_cast<double*>(pointer(state))},
+                        pointer(stream));
+    });
+    m.def("loss_gradient_cuda", [](const Matrix& logits, const Matrix& anchor, uintptr_t token_ids,
+                                   int64_t rows, int64_t width, double softcap, double temperature,
+                                   int exact_kl, uintptr_t upstream, uintptr_t state,
+                                   const Matrix& gradient, uintptr_t stream) {
+        loss_gradient_cuda(loss_rows(logits, anchor, token_ids, rows, width, softcap, temperature,
+                                     exact_kl),
+                           static_cast<const float*>(pointer(upstream)),
+                           static_cast<const double*>(pointer(state)), loss_matrix(gradient),
+                           pointer(stream));
     });
 #else
     m.attr("has_cuda") = false;

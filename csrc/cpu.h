@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "codes.h"
+#include "loss.h"
 
 namespace warp_fast {
 
@@ -64,14 +65,6 @@ enum LossCoefficient : int {
     kAnchorFactor,   // Q, over the sum of the anchor
     kTargetFactor,   // what the sampled token has besides
     kCoefficients
-};
-
-enum ExactKl : int { kNoKl = 0, kReverse = 1, kForward = 2 };
-
-struct LossMatrix {
-    void* address;  // or null
-    int64_t stride;
-    int code;
 };
 
 // a block of columns of some rows of logits

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "loss.h"
+
 namespace warp_fast {
 
 constexpr int kEmaBlock = 4096;
@@ -23,5 +25,27 @@ void gram_sum_cuda(const double* partial, const int64_t* bounds, double* gram, i
 void slerp_apply_cuda(const int64_t* table, const int32_t* block_entry, int64_t blocks,
                       int policies, int64_t rows, int64_t segments, uint64_t codes, int out_code,
                       bool aligned, const double* coefficients, void* stream);
+
+// rows of logits and of what they are compared with
+struct LossRows {
+    LossMatrix logits, anchor;
+    const int64_t* token_ids;  // [rows]
+    int64_t rows, width;
+    double softcap, temperature;  // softcap 0: none
+    ExactKl exact_kl;
+};
+
+// [rows], and the state [rows, 8] in fp64 that the gradient takes
+struct LossStats {
+    float *logprobs, *entropy, *anchor_logprobs, *kl;
+    double* state;
+};
+
+void loss_stats_cuda(const LossRows& rows, const uint8_t* kept, bool entropy,
+                     const LossStats& stats, void* stream);
+
+// upstream: [rows, 3]; state: null to find it again
+void loss_gradient_cuda(const LossRows& rows, const float* upstream, const double* state,
+                        const LossMatrix& gradient, void* stream);
 
 }  // namespace warp_fast

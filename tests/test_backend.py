@@ -15,6 +15,8 @@ from warp_fast import _backend, _ops, ema_update_
 from warp_fast._backend import resolve
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+SERVED = dict(_backend.SERVED)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,30 @@ def test_what_cannot_serve_is_refused_with_the_reason(name: str, message: str) -
         resolve("ema", name, CPU)
     with pytest.raises(ValueError, match=message):
         ema_update_(torch.zeros(1), torch.ones(1), 0.5, backend=name)
+
+
+def test_a_gpu_that_is_too_old_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_backend.SERVED, "loss", {"cuda": ("cuda", "reference")})
+    with pytest.raises(ValueError, match="'cuda' is not available: no nvcc here"):
+        resolve("loss", "cuda", GPU)
+    monkeypatch.setitem(_backend.MISSING, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    message = "its 'loss' needs thread-block clusters, so compute capability 9.0; this GPU has 8.9"
+    with pytest.raises(ValueError, match=message):
+        resolve("loss", "cuda", GPU)
+    assert resolve("loss", "auto", GPU) == "reference"
+    assert resolve("ema", "cuda", GPU) == "cuda"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert resolve("loss", "cuda", GPU) == resolve("loss", "auto", GPU) == "cuda"
+
+
+def test_cuda_has_the_loss_of_logits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "SERVED", SERVED)
+    assert "cuda" in SERVED["loss"]["cuda"] and "cuda" not in _ops.LINEAR_TOKEN_STATS
+    with pytest.raises(ValueError, match="'cuda' does not implement 'linear_loss' on cuda tensors"):
+        resolve("linear_loss", "cuda", GPU)
+    for op, ops in (("loss", _ops.TOKEN_STATS), ("linear_loss", _ops.LINEAR_TOKEN_STATS)):
+        assert {name for served in SERVED[op].values() for name in served} == set(ops)
 
 
 def test_preference_of_the_environment_replaces_auto(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,16 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 # op -> device type -> backends that implement it, best first
 SERVED: dict[str, dict[str, tuple[str, ...]]] = {
-    "loss": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    # cuda comes after triton until it is measured to be faster
+    "loss": {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
+    "linear_loss": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "ema": {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
     "slerp": {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
+}
+
+# (op, backend) -> the first compute capability that it needs, and for what
+NEEDS: dict[tuple[str, str], tuple[tuple[int, int], str]] = {
+    ("loss", "cuda"): ((9, 0), "thread-block clusters"),
 }
 
 # the interpreter of Triton runs its kernels on CPU tensors, and only there; slow, so last
@@ -62,11 +69,25 @@ MISSING["cuda"] = _missing_cuda()
 _PREFERRED = os.environ.get("WARP_FAST_BACKEND", "auto")
 
 
+def unavailable(op: str, backend: str, device: torch.device) -> str | None:
+    """Why a backend that implements `op` cannot run it on `device`, or None."""
+    if MISSING[backend] is not None or (op, backend) not in NEEDS:
+        return MISSING[backend]
+    needed, what = NEEDS[op, backend]
+    found = torch.cuda.get_device_capability(device)
+    if found >= needed:
+        return None
+    return (
+        f"its {op!r} needs {what}, so compute capability {needed[0]}.{needed[1]}; this GPU has "
+        f"{found[0]}.{found[1]}"
+    )
+
+
 def resolve(op: str, backend: str, device: torch.device) -> str:
     """Name the backend that will run `op` on `device`.
 
     Args:
-        op: "loss", "ema" or "slerp".
+        op: "loss" (from logits), "linear_loss" (from hidden states), "ema" or "slerp".
         backend: "auto" (the environment variable WARP_FAST_BACKEND, else the best one present) or
             the name of a backend.
         device: where the tensors are.
@@ -78,7 +99,7 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     if backend == "auto":
         backend = _PREFERRED
     if backend == "auto":
-        return next(name for name in served if MISSING[name] is None)
+        return next(name for name in served if unavailable(op, name, device) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend not in served:
@@ -86,6 +107,7 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
             f"backend {backend!r} does not implement {op!r} on {device.type} tensors; "
             f"it has: {', '.join(served)}"
         )
-    if MISSING[backend] is not None:
-        raise ValueError(f"backend {backend!r} is not available: {MISSING[backend]}")
+    reason = unavailable(op, backend, device)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} is not available: {reason}")
     return backend

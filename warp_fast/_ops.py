@@ -8,19 +8,20 @@ whether or not its compiled kernel does.
 from __future__ import annotations
 
 import importlib
-import operator
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from warp_fast._backend import TRITON_DEVICE
+from warp_fast._overlap import refuse_overlap
 from warp_fast.native import ema as native_ema
 from warp_fast.native import loss as native_loss
+from warp_fast.native import loss_cuda as native_loss_cuda
 from warp_fast.native import slerp as native_slerp
 from warp_fast.reference import ema as reference_ema
 from warp_fast.reference import loss as reference_loss
@@ -59,49 +60,6 @@ def _triton(stem: str, launcher: str) -> Kernel:
 
 def _no_result(*_: object) -> None:
     """Fake of an in-place op."""
-
-
-def byte_range(tensor: Tensor) -> tuple[int, int]:
-    """First and one-past-last byte address that the tensor spans."""
-    if tensor.numel() == 0:
-        return 0, 0
-    if tensor.is_contiguous():
-        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: bool) -> None:
-    """Raise ValueError where a written tensor shares bytes with another written or read one.
-
-    same: allow read[i] to occupy exactly the bytes of written[i] (elementwise in-place).
-    """
-    # (start, stop, whether written, position, dtype); called for every update, so plain tuples
-    ranges = [(*byte_range(t), True, i, t.dtype) for i, t in enumerate(written)]
-    ranges += [(*byte_range(t), False, i, t.dtype) for i, t in enumerate(read)]
-    ranges.sort(key=_START)
-    open_ranges: list[_Range] = []
-    for current in ranges:
-        start = current[0]
-        if start == current[1]:
-            continue
-        open_ranges = [other for other in open_ranges if other[1] > start]
-        for other in open_ranges:
-            if (current[2] or other[2]) and not (same and _in_place(current, other)):
-                raise ValueError(
-                    "a tensor that is written must not share memory with another argument; bytes "
-                    f"{start:#x}..{min(current[1], other[1]):#x} are in two of them (tied weights "
-                    "are passed once)"
-                )
-        open_ranges.append(current)
-
-
-_Range: TypeAlias = tuple[int, int, bool, int, torch.dtype]
-_START = operator.itemgetter(0, 1)
-
-
-def _in_place(a: _Range, b: _Range) -> bool:
-    return a[:2] == b[:2] and a[2] != b[2] and a[3:] == b[3:]
 
 
 # --- ema ---------------------------------------------------------------------------------------
@@ -328,72 +286,113 @@ def _linear_stats_autograd(backward: Any) -> Kernel:
     return gradient
 
 
-def _define_stats(
-    backend: str, kernels: Sequence[Kernel], device: str | None, state: int = 0
-) -> tuple[Any, Any]:
-    """Register the two statistics ops of a backend with their gradients; (logits, linear).
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError("the losses have a first derivative alone; got create_graph=True")
 
-    state: the columns of the fp64 rows that its forward ops return last and its gradients take
-    last; 0 where they have none.
-    """
-    forward, backward, linear, linear_backward = kernels
-    if not state:
-        forward, linear = _stateless(forward), _stateless(linear)
-    name = f"token_stats_{backend}"
-    op = _define(name, _STATS_SCHEMA, forward, _fake_stats(state), device)
-    back = _define(
-        f"token_stats_backward_{backend}",
+
+# op -> its schema, that of its gradient, the fake of the gradient, and what registers it
+_STATS: dict[str, tuple[str, str, Kernel, Callable[[Any], Kernel]]] = {
+    "token_stats": (
+        _STATS_SCHEMA,
         _STATS_BACKWARD_SCHEMA,
-        backward,
         lambda upstream, logits, *_: torch.empty_like(logits),
-        device,
-    )
-    torch.library.register_autograd(op, _stats_autograd(back), setup_context=_save_stats)
-    linear_op = _define(f"linear_{name}", _LINEAR_STATS_SCHEMA, linear, _fake_stats(state), device)
-    back = _define(
-        f"linear_token_stats_backward_{backend}",
+        _stats_autograd,
+    ),
+    "linear_token_stats": (
+        _LINEAR_STATS_SCHEMA,
         _LINEAR_STATS_BACKWARD_SCHEMA,
-        linear_backward,
         _fake_linear_backward,
-        device,
-    )
-    torch.library.register_autograd(
-        linear_op, _linear_stats_autograd(back), setup_context=_save_stats
-    )
-    return op, linear_op
+        _linear_stats_autograd,
+    ),
+}
 
 
-TOKEN_STATS: dict[str, Any] = {}
-LINEAR_TOKEN_STATS: dict[str, Any] = {}
-TOKEN_STATS["reference"], LINEAR_TOKEN_STATS["reference"] = _define_stats(
-    "reference",
-    (
+def _define_stats(
+    name: str,
+    backend: str,
+    forward: Kernel,
+    backward: Kernel,
+    device: str | None,
+    state: int = 0,
+) -> Any:
+    """Register the op of one backend with its gradient.
+
+    state: the columns of the fp64 rows that `forward` returns last and `backward` takes last; 0
+    where they have none.
+    """
+    schema, backward_schema, fake_backward, autograd = _STATS[name]
+    if not state:
+        forward = _stateless(forward)
+    op = _define(f"{name}_{backend}", schema, forward, _fake_stats(state), device)
+    back = _define(f"{name}_backward_{backend}", backward_schema, backward, fake_backward, device)
+    torch.library.register_autograd(op, autograd(back), setup_context=_save_stats)
+    torch.library.register_autograd(back, _no_second_derivative)
+    return op
+
+
+TOKEN_STATS = {
+    "reference": _define_stats(
+        "token_stats",
+        "reference",
         reference_loss.token_stats_reference,
         reference_loss.token_stats_backward_reference,
-        reference_loss.linear_token_stats_reference,
-        reference_loss.linear_token_stats_backward_reference,
+        None,
     ),
-    None,
-)
-TOKEN_STATS["triton"], LINEAR_TOKEN_STATS["triton"] = _define_stats(
-    "triton",
-    (
+    "triton": _define_stats(
+        "token_stats",
+        "triton",
         _triton("loss", "token_stats_triton"),
         _triton("loss", "token_stats_backward_triton"),
-        _triton("linear_loss", "linear_token_stats_triton"),
-        _triton("linear_loss", "linear_token_stats_backward_triton"),
+        TRITON_DEVICE,
+        native_loss.STATE,
     ),
-    TRITON_DEVICE,
-    state=8,
-)
-TOKEN_STATS["cpp"], LINEAR_TOKEN_STATS["cpp"] = _define_stats(
-    "cpp",
-    (
+    "cpp": _define_stats(
+        "token_stats",
+        "cpp",
         native_loss.token_stats_cpp,
         native_loss.token_stats_backward_cpp,
+        "cpu",
+        native_loss.STATE,
+    ),
+    "cuda": _define_stats(
+        "token_stats",
+        "cuda",
+        native_loss_cuda.token_stats_cuda,
+        native_loss_cuda.token_stats_backward_cuda,
+        "cuda",
+        native_loss.STATE,
+    ),
+}
+LINEAR_TOKEN_STATS = {
+    "reference": _define_stats(
+        "linear_token_stats",
+        "reference",
+        reference_loss.linear_token_stats_reference,
+        reference_loss.linear_token_stats_backward_reference,
+        None,
+    ),
+    "triton": _define_stats(
+        "linear_token_stats",
+        "triton",
+        _triton("linear_loss", "linear_token_stats_triton"),
+        _triton("linear_loss", "linear_token_stats_backward_triton"),
+        TRITON_DEVICE,
+        native_loss.STATE,
+    ),
+    "cpp": _define_stats(
+        "linear_token_stats",
+        "cpp",
         native_loss.linear_token_stats_cpp,
         native_loss.linear_token_stats_backward_cpp,
+        "cpu",
+        native_loss.STATE,
     ),
-    "cpu",
-    native_loss.STATE,
+}
+
+# an op, since the number of its steps would tie a trace to a range of sizes
+SUMS_TO_GO = _define(
+    "sums_to_go",
+    "(Tensor values, Tensor sequence, SymInt longest) -> Tensor",
+    reference_loss.sums_to_go_reference,
+    lambda values, *_: torch.empty_like(values),
 )

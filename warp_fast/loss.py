@@ -105,7 +105,7 @@ def linear_token_logprobs(
     checks.head(temperature, softcap)
     checks.linear(hidden, weight, "hidden", "weight")
     checks.token_ids(token_ids, hidden.shape[:-1], hidden.device, "hidden")
-    op = _ops.LINEAR_TOKEN_STATS[resolve("loss", backend, hidden.device)]
+    op = _ops.LINEAR_TOKEN_STATS[resolve("linear_loss", backend, hidden.device)]
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).long()
     kept = torch.ones_like(ids, dtype=torch.bool)
     stats = op(rows, weight, ids, kept, None, None, temperature, softcap, "", return_entropy)
@@ -260,7 +260,7 @@ def linear_warp_loss(
         rows, advantages, anchor_hidden is not None, anchor_logprobs, old_logprobs, beta, kl,
         clip_range, normalizer,
     )  # fmt: skip
-    op = _ops.LINEAR_TOKEN_STATS[resolve("loss", backend, hidden.device)]
+    op = _ops.LINEAR_TOKEN_STATS[resolve("linear_loss", backend, hidden.device)]
     stats = op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

@@ -1,0 +1,474 @@
+// Rows of logits in CUDA: statistics of the sampled tokens and their gradient.
+//
+// A row is cut into slices, one for each block of a cluster. The blocks add up their slices in fp32
+// a thread and in fp64 from there on, in a fixed order, and read each other's sums from shared
+// memory. Where statistics and gradient are found in one launch, a block keeps its slice of the
+// policy there too, so that the row is read once.
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+
+#include <climits>
+#include <type_traits>
+
+#include "cuda.h"
+#include "rows.cuh"
+#include "table.cuh"
+
+// before sm_90 there are no clusters: the kernels are empty there, and _backend.py refuses them
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define WARP_FAST_CLUSTERS
+#endif
+
+namespace warp_fast {
+namespace {
+
+namespace cg = cooperative_groups;
+
+constexpr int kThreads = 256;
+
+struct Task {
+    LossMatrix logits, anchor;
+    const int64_t* token_ids;
+    int64_t width;
+    Head head;
+    Slices slices;
+};
+
+#ifdef WARP_FAST_CLUSTERS
+
+constexpr int kWarps = kThreads / 32;
+
+// one row of a matrix
+struct Line {
+    char* begin;
+    char* end;
+    int code;
+};
+
+__device__ int bytes_of(int code) { return code == kFp32 ? 4 : 2; }
+
+__device__ Line line_of(const LossMatrix& matrix, int64_t n, int64_t width) {
+    const int bytes = bytes_of(matrix.code);
+    char* begin = static_cast<char*>(matrix.address) + n * matrix.stride * bytes;
+    return {begin, begin + width * bytes, matrix.code};
+}
+
+__device__ uint32_t pair_of(float low, float high, int code) {
+    if (code == kFp16) return to_bits16(low, kFp16) | to_bits16(high, kFp16) << 16;
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// a vector as it lies in memory; WIDE: there is an fp32 matrix
+template <bool WIDE>
+struct Raw {
+    Word word[WIDE ? 2 : 1];
+
+    __device__ void load(const Line& line, int64_t at) {
+        const char* place = line.begin + at * bytes_of(line.code);
+        word[0] = window(place, line.end);
+        if (WIDE && line.code == kFp32) word[WIDE] = window(place + 16, line.end);
+    }
+    __device__ void get(int code, float (&z)[kVector]) const {
+        if (WIDE && code == kFp32) {
+            for (int i = 0; i < kVector; ++i) {
+                z[i] = __uint_as_float(word[WIDE && i / 4].x[i % 4]);
+            }
+        } else if (code == kFp16) {
+            for (int i = 0; i < kVector; ++i) z[i] = from_bits16(half(i), kFp16);
+        } else {
+            for (int i = 0; i < kVector; ++i) z[i] = from_bits16(half(i), kBf16);
+        }
+    }
+    __device__ void set(int code, const float (&x)[kVector]) {
+        for (int i = 0; i < kVector; i += 2) {
+            if (WIDE && code == kFp32) {
+                word[WIDE && i / 4].x[i % 4] = __float_as_uint(x[i]);
+                word[WIDE && i / 4].x[i % 4 + 1] = __float_as_uint(x[i + 1]);
+            } else {
+                word[0].x[i / 2] = pair_of(x[i], x[i + 1], code);
+            }
+        }
+    }
+    // left: how many elements there are from `at` to the end of the row
+    __device__ void store(const Line& line, int64_t at, int64_t left) const {
+        const bool wide = WIDE && line.code == kFp32;
+        char* place = line.begin + at * bytes_of(line.code);
+        if (left >= kVector && reinterpret_cast<uintptr_t>(place) % sizeof(Word) == 0) {
+            Word* words = reinterpret_cast<Word*>(place);
+            words[0] = word[0];
+            if (wide) words[1] = word[WIDE];
+            return;
+        }
+        for (int i = 0; i < kVector; ++i) {
+            if (i >= left) break;
+            if (wide) {
+                reinterpret_cast<uint32_t*>(place)[i] = word[WIDE && i / 4].x[i % 4];
+            } else {
+                reinterpret_cast<uint16_t*>(place)[i] = static_cast<uint16_t>(half(i));
+            }
+        }
+    }
+    __device__ uint32_t half(int i) const {
+        return i % 2 ? word[0].x[i / 2] >> 16 : word[0].x[i / 2] & 0xFFFFu;
+    }
+};
+
+// tokens past the last, and the sampled one, count nothing in the sums
+__device__ void leave_out(int64_t left, int64_t sampled, float (&u)[kVector]) {
+    for (int i = 0; i < kVector; ++i) {
+        if (i >= left || i == sampled) u[i] = -INFINITY;
+    }
+}
+
+// NaN for a token outside the vocabulary
+__device__ float picked_score(const Line& line, int64_t token, const Task& task) {
+    if (token < 0 || token >= task.width) return NAN;
+    return score(static_cast<float>(load_any(line.begin, token, line.code)), task.head);
+}
+
+// What this thread keeps of the policy: vector `k` of the slice, word by word over all vectors, so
+// that neighbours meet no bank conflict.
+template <bool WIDE>
+struct Resident {
+    Word* words;
+    int64_t count;
+
+    __device__ void put(int64_t k, const Raw<WIDE>& raw) const {
+        for (int w = 0; w <= WIDE; ++w) words[w * count + k] = raw.word[w];
+    }
+    __device__ void get(int64_t k, Raw<WIDE>& raw) const {
+        for (int w = 0; w <= WIDE; ++w) raw.word[w] = words[w * count + k];
+    }
+};
+
+// one row and the slice of it that is this block's
+struct Place {
+    Line logits, anchor;
+    int64_t n, token, first, last;  // vectors
+    int part;
+};
+
+template <bool ANCHOR>
+__device__ Place place_of(const Task& task) {
+    Place place;
+    place.n = blockIdx.x / task.slices.parts;
+    place.part = blockIdx.x % task.slices.parts;
+    const int64_t all = (task.width + kVector - 1) / kVector;
+    const int64_t first = place.part * task.slices.vectors, last = first + task.slices.vectors;
+    place.first = first < all ? first : all;
+    place.last = last < all ? last : all;
+    place.token = task.token_ids[place.n];
+    place.logits = line_of(task.logits, place.n, task.width);
+    if (ANCHOR) place.anchor = line_of(task.anchor, place.n, task.width);
+    return place;
+}
+
+// the sums of this thread's vectors; KEEP: and the policy into shared memory, as far as it goes
+template <class ASKED, bool WIDE, bool KEEP>
+__device__ Sums<float> thread_sums(const Task& task, const Place& place, float shift,
+                                   const Resident<WIDE>& resident) {
+    Sums<float> sums;
+    Raw<WIDE> raw, ahead, anchor, anchor_ahead;
+    int64_t k = place.first + threadIdx.x;
+    if (k < place.last) {
+        raw.load(place.logits, k * kVector);
+        if (ASKED::anchor) anchor.load(place.anchor, k * kVector);
+    }
+    for (; k < place.last; k += kThreads) {
+        // the next vectors travel while these are added
+        if (k + kThreads < place.last) {
+            ahead.load(place.logits, (k + kThreads) * kVector);
+            if (ASKED::anchor) anchor_ahead.load(place.anchor, (k + kThreads) * kVector);
+        }
+        if (KEEP && k - place.first < resident.count) resident.put(k - place.first, raw);
+        const int64_t left = task.width - k * kVector, sampled = place.token - k * kVector;
+        const bool partial = left < kVector || (sampled >= 0 && sampled < kVector);
+        float u[kVector], v[kVector];
+        raw.get(place.logits.code, u);
+        to_scores(u, task.head);
+        if (partial) leave_out(left, sampled, u);
+        if (ASKED::anchor) {
+            anchor.get(place.anchor.code, v);
+            to_scores(v, task.head);
+            if (partial) leave_out(left, sampled, v);
+        }
+        add<ASKED>(sums, u, v, shift);
+        raw = ahead, anchor = anchor_ahead;
+    }
+    return sums;
+}
+
+template <class T>
+__device__ T largest_of_lanes(T value) {
+    for (int lane = 16; lane > 0; lane /= 2) {
+        value = larger(value, __shfl_xor_sync(0xFFFFFFFFu, value, lane));
+    }
+    return value;
+}
+
+__device__ double sum_of_lanes(double value) {
+    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, lane);
+    return value;
+}
+
+// the sums of the 32 lanes of a warp as one, the same in each
+template <class ASKED, class T>
+__device__ Sums<double> over_lanes(const Sums<T>& mine) {
+    const T top = largest_of_lanes(mine.top);
+    const T anchor_top = ASKED::anchor ? largest_of_lanes(mine.anchor_top) : mine.anchor_top;
+    const Sums<T> part = lifted<ASKED>(mine, top, anchor_top);
+    Sums<double> all;
+    all.top = top;
+    all.total = sum_of_lanes(part.total);
+    if (ASKED::entropy) all.weighted = sum_of_lanes(part.weighted);
+    if (ASKED::anchor) {
+        all.anchor_top = anchor_top;
+        all.anchor_total = sum_of_lanes(part.anchor_total);
+    }
+    if (ASKED::exact) all.apart = sum_of_lanes(part.apart);
+    return all;
+}
+
+struct Shared {
+    Sums<double> warps[kWarps], block;
+    double state[kRowState];
+};
+
+// The sums of the whole row, in every lane of warp 0 of every block of the cluster. No block may
+// leave before all have read: a barrier of the cluster has to follow.
+template <class ASKED>
+__device__ Sums<double> over_cluster(const Sums<float>& mine, Shared& shared) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Sums<double> sums = over_lanes<ASKED>(mine);
+    if (lane == 0) shared.warps[warp] = sums;
+    __syncthreads();
+    if (warp == 0) {
+        sums = over_lanes<ASKED>(lane < kWarps ? shared.warps[lane] : Sums<double>());
+        if (lane == 0) shared.block = sums;
+    }
+    cg::cluster_group cluster = cg::this_cluster();
+    cluster.sync();
+    if (warp == 0) {
+        Sums<double> part;
+        if (lane < cluster.num_blocks()) part = *cluster.map_shared_rank(&shared.block, lane);
+        sums = over_lanes<ASKED>(part);
+    }
+    return sums;
+}
+
+__device__ void write_row(const LossStats& stats, int64_t n, const Row& row) {
+    stats.logprobs[n] = static_cast<float>(row.logprob);
+    stats.entropy[n] = static_cast<float>(row.entropy);
+    stats.anchor_logprobs[n] = static_cast<float>(row.anchor_logprob);
+    stats.kl[n] = static_cast<float>(row.kl);
+    for (int i = 0; i < kRowState; ++i) stats.state[n * kRowState + i] = row.state[i];
+}
+
+// what one thread of a row's cluster finds of it; the others help and get nothing of use
+template <class ASKED, bool WIDE, bool KEEP>
+__device__ Row row_of(const Task& task, const Place& place, const Resident<WIDE>& resident, Shared& shared) {
+    const float picked = picked_score(place.logits, place.token, task);
+    float anchor_picked = 0, shift = 0;
+    if (ASKED::anchor) anchor_picked = picked_score(place.anchor, place.token, task);
+    if (ASKED::exact) shift = shift_of(picked, anchor_picked);
+    const Sums<float> mine = thread_sums<ASKED, WIDE, KEEP>(task, place, shift, resident);
+    const Sums<double> sums = over_cluster<ASKED>(mine, shared);
+    Row row = {};
+    if (threadIdx.x == 0) row = finished<ASKED>(sums, picked, anchor_picked);
+    return row;
+}
+
+template <bool WIDE>
+__device__ void store_zeros(const Task& task, const Place& place, const Line& out) {
+    const Raw<WIDE> zeros = {};
+    for (int64_t k = place.first + threadIdx.x; k < place.last; k += kThreads) {
+        zeros.store(out, k * kVector, task.width - k * kVector);
+    }
+}
+
+// dlogits of this block's slice; the policy from shared memory where it is kept
+template <int EXACT, bool WIDE>
+__device__ void store_gradient(const Task& task, const Place& place, const Coefficients& c,
+                               const Resident<WIDE>& resident, const Line& out) {
+    const auto load = [&](int64_t k, Raw<WIDE>& raw, Raw<WIDE>& anchor) {
+        if (k - place.first < resident.count) {
+            resident.get(k - place.first, raw);
+        } else {
+            raw.load(place.logits, k * kVector);
+        }
+        if (EXACT) anchor.load(place.anchor, k * kVector);
+    };
+    Raw<WIDE> raw, ahead, anchor, anchor_ahead;
+    int64_t k = place.first + threadIdx.x;
+    if (k < place.last) load(k, raw, anchor);
+    for (; k < place.last; k += kThreads) {
+        if (k + kThreads < place.last) load(k + kThreads, ahead, anchor_ahead);
+        float u[kVector], v[kVector], du[kVector];
+        raw.get(place.logits.code, u);
+        to_scores(u, task.head);
+        if (EXACT) {
+            anchor.get(place.anchor.code, v);
+            to_scores(v, task.head);
+        }
+        gradient<EXACT>(c, u, v, place.token - k * kVector, du);
+        raw.get(place.logits.code, u);
+        through_head(u, task.head, du);
+        raw.set(out.code, du);
+        raw.store(out, k * kVector, task.width - k * kVector);
+        raw = ahead, anchor = anchor_ahead;
+    }
+}
+
+extern __shared__ Word pool[];
+
+#endif
+
+template <class ASKED, bool WIDE>
+__global__ void __launch_bounds__(kThreads, WIDE ? 2 : 3)
+    stats_kernel(const Task task, const uint8_t* kept, const LossStats stats) {
+#ifdef WARP_FAST_CLUSTERS
+    __shared__ Shared shared;
+    const Place place = place_of<ASKED::anchor>(task);
+    const bool writes = place.part == 0 && threadIdx.x == 0;
+    if (!kept[place.n]) {
+        if (writes) write_row(stats, place.n, {});
+        return;
+    }
+    const Row row = row_of<ASKED, WIDE, false>(task, place, Resident<WIDE>{}, shared);
+    if (writes) write_row(stats, place.n, row);
+    cg::this_cluster().sync();
+#endif
+}
+
+// FUSED: find the state first, in the same launch
+template <int EXACT, bool WIDE, bool FUSED>
+__global__ void __launch_bounds__(kThreads, WIDE || FUSED ? 2 : 3)
+    gradient_kernel(const Task task, const float* upstream, const double* state,
+                    const LossMatrix gradient) {
+#ifdef WARP_FAST_CLUSTERS
+    const Place place = place_of<EXACT != kNoKl>(task);
+    const Line out = line_of(gradient, place.n, task.width);
+    const float* given = upstream + place.n * 3;
+    if (given[0] == 0 && given[1] == 0 && given[2] == 0) {
+        store_zeros<WIDE>(task, place, out);
+        return;
+    }
+    if constexpr (FUSED) {
+        __shared__ Shared shared;
+        using All = Asked<true, EXACT != kNoKl, EXACT>;
+        const Resident<WIDE> resident = {pool, task.slices.resident};
+        const Row row = row_of<All, WIDE, true>(task, place, resident, shared);
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < kRowState; ++i) shared.state[i] = row.state[i];
+        }
+        cg::this_cluster().sync();
+        store_gradient<EXACT>(task, place, coefficients_of(given, shared.state), resident, out);
+    } else {
+        const Coefficients c = coefficients_of(given, state + place.n * kRowState);
+        store_gradient<EXACT>(task, place, c, Resident<WIDE>{nullptr, 0}, out);
+    }
+#endif
+}
+
+bool is_wide(const LossRows& rows) {
+    return rows.logits.code == kFp32 || (rows.anchor.address && rows.anchor.code == kFp32);
+}
+
+// shared: bytes that a block may use to keep its slice of the policy
+Task task_of(const LossRows& rows, int64_t shared) {
+    return {rows.logits,
+            rows.anchor,
+            rows.token_ids,
+            rows.width,
+            head_of(rows.softcap, rows.temperature),
+            slices_of(rows.width, is_wide(rows) ? 4 : 2, shared)};
+}
+
+int64_t shared_of_a_block() {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), "finding the device");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "asking for the shared memory of a block");
+    return bytes;
+}
+
+// one cluster for each row
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const LossRows& rows, const Task& task, void* stream,
+            Arguments... arguments) {
+    const int64_t most = INT_MAX / task.slices.parts;
+    if (rows.rows > most) {
+        throw std::invalid_argument("the cuda backend takes up to " + std::to_string(most) +
+                                    " rows of this width; got " + std::to_string(rows.rows));
+    }
+    const int64_t bytes = task.slices.resident * kVector * (is_wide(rows) ? 4 : 2);
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)),
+          "asking for shared memory");
+    const unsigned parts = static_cast<unsigned>(task.slices.parts);
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = parts;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(rows.rows) * parts);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, kernel, task, arguments...), "launching the loss");
+}
+
+// call `run` with the flag as a constant
+template <class Run>
+void as_constant(bool flag, Run run) {
+    flag ? run(std::true_type()) : run(std::false_type());
+}
+
+template <class Run>
+void as_constant(ExactKl exact_kl, Run run) {
+    if (exact_kl == kReverse) return run(std::integral_constant<int, kReverse>());
+    if (exact_kl == kForward) return run(std::integral_constant<int, kForward>());
+    run(std::integral_constant<int, kNoKl>());
+}
+
+}  // namespace
+
+void loss_stats_cuda(const LossRows& rows, const uint8_t* kept, bool entropy,
+                     const LossStats& stats, void* stream) {
+    if (rows.rows == 0) return;
+    const Task task = task_of(rows, 0);
+    const auto run = [&](auto wide, auto asked) {
+        launch(stats_kernel<decltype(asked), decltype(wide)::value>, rows, task, stream, kept,
+               stats);
+    };
+    as_constant(is_wide(rows), [&](auto wide) {
+        as_constant(entropy, [&](auto entropy) {
+            constexpr bool kEntropy = decltype(entropy)::value;
+            if (!rows.anchor.address) return run(wide, Asked<kEntropy, false, kNoKl>());
+            as_constant(rows.exact_kl, [&](auto exact_kl) {
+                run(wide, Asked<kEntropy, true, decltype(exact_kl)::value>());
+            });
+        });
+    });
+}
+
+void loss_gradient_cuda(const LossRows& rows, const float* upstream, const double* state,
+                        const LossMatrix& gradient, void* stream) {
+    if (rows.rows == 0) return;
+    const Task task = task_of(rows, state ? 0 : shared_of_a_block());
+    as_constant(is_wide(rows), [&](auto wide) {
+        as_constant(rows.exact_kl, [&](auto exact_kl) {
+            as_constant(state == nullptr, [&](auto fused) {
+                launch(gradient_kernel<decltype(exact_kl)::value, decltype(wide)::value,
+                                       decltype(fused)::value>,
+                       rows, task, stream, upstream, state, gradient);
+            });
+        });
+    });
+}
+
+}  // namespace warp_fast
