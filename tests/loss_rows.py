@@ -1,4 +1,4 @@
-"""Rows for the tests of the Triton kernels of the loss, and their float64 oracle.
+"""Rows for the tests of the kernels of the loss on GPUs, and their float64 oracle.
 
 On CUDA tensors where there is a GPU, else on CPU tensors under the interpreter of Triton.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -111,6 +111,8 @@ def check(
     mask: Tensor | None = None,
     head: Head = PLAIN,
     kl: str = "",
+    forward: Callable[..., list[Tensor]] = forward,
+    backward: Callable[..., Sequence[Tensor]] = backward,
 ) -> None:
     """Statistics and gradients of random upstream, each with its dtype, against float64."""
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask

@@ -1,0 +1,283 @@
+"""The CUDA kernels of the loss against float64: statistics of sampled tokens and their gradient."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import warp_fast
+from tests.loss_rows import DEVICE, INF, NO_ANCHOR, PLAIN, Head, Leaves, kernels, problem, some_mask
+from tests.loss_rows import check as check_kernels
+from warp_fast import _ops
+from warp_fast._backend import MISSING, unavailable
+from warp_fast.native import loss_cuda as native
+
+ABSENT = MISSING["cuda"]
+if ABSENT is None and torch.cuda.is_available():
+    ABSENT = unavailable("loss", "cuda", torch.device("cuda"))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))]
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+CAPPED = (0.7, 5.0)
+
+
+def forward(
+    leaves: Leaves, anchor: Leaves, ids: Tensor, mask: Tensor, head: Head, kl: str
+) -> list[Tensor]:
+    """The four statistics and the state for the gradient."""
+    arguments = (*leaves, ids, mask, *(anchor or NO_ANCHOR[:1]), *head, kl, True)
+    return list(native.token_stats_cuda(*arguments))
+
+
+def backward(
+    leaves: Leaves,
+    anchor: Leaves,
+    upstream: Tensor,
+    ids: Tensor,
+    head: Head,
+    kl: str,
+    state: Tensor | None = None,
+) -> list[Tensor]:
+    arguments = (upstream, *leaves, ids, *(anchor or NO_ANCHOR[:1]), *head, kl, state)
+    return [native.token_stats_backward_cuda(*arguments)]
+
+
+def fused(*arguments: Any) -> list[Tensor]:
+    """The gradient without the state, which is found in the same launch."""
+    return backward(*arguments[:6])
+
+
+check = partial(check_kernels, forward=forward, backward=backward)
+check_fused = partial(check_kernels, forward=forward, backward=fused)
+either = pytest.mark.parametrize("check", [check, check_fused], ids=["saved", "fused"])
+
+
+@either
+@pytest.mark.parametrize("head", [PLAIN, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("kl", [None, "", "reverse", "forward"])
+def test_every_kl_with_mask_softcap_and_temperature(kl: str | None, head: Head, check: Any) -> None:
+    leaves, anchor, ids = problem("logits", 3, 257, kl=kl)
+    check(leaves, anchor, ids, some_mask(3), head, kl or "")
+
+
+@either
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP64], ids=str)
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_dtypes(kl: str, dtype: torch.dtype, check: Any) -> None:
+    check(*problem("logits", 3, 70, dtype), None, CAPPED, kl)
+
+
+@either
+@pytest.mark.parametrize(
+    "dtypes", [(BF16, FP32), (FP32, FP16), (FP16, BF16), (BF16, FP64)], ids=str
+)
+def test_anchor_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype], check: Any) -> None:
+    leaves, anchor, ids = problem("logits", 2, 90)
+    check([leaves[0].to(dtypes[0])], [anchor[0].to(dtypes[1])], ids, kl="reverse")
+
+
+# less than a vector, whole vectors, two blocks, GPT-2, and Gemma's, of which one ends in a short
+# slice; then more than shared memory keeps
+@either
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 8, 33000, 50257, 256128, 262144, 262208, 1_000_003])
+def test_vocabularies(size: int, dtype: torch.dtype, check: Any) -> None:
+    leaves, anchor, _ = problem("logits", 2, size, dtype)
+    check(leaves, anchor, torch.tensor([0, size - 1], device=DEVICE), None, CAPPED, "reverse")
+
+
+@either
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_rows_at_any_alignment(dtype: torch.dtype, check: Any) -> None:
+    leaves, anchor, ids = problem("logits", 9, 203, dtype)
+    for first in (1, 2, 5):
+        check([leaves[0][:, first:]], [anchor[0][:, :-first]], ids % 190, kl="forward")
+
+
+def test_a_row_gives_the_same_bits_in_any_batch_and_place() -> None:
+    leaves, anchor, ids = problem("logits", 4, 40_001, BF16)
+    mask = torch.ones(4, dtype=torch.bool, device=DEVICE)
+    upstream = torch.randn(4, 3, device=DEVICE)
+    together = forward(leaves, anchor, ids, mask, CAPPED, "reverse")
+    together += backward(leaves, anchor, upstream, ids, CAPPED, "reverse", together[4])
+    for n in range(4):
+        one = slice(n, n + 1)
+        row, other = [leaves[0][one].clone()], [anchor[0][one].clone()]
+        single = forward(row, other, ids[one], mask[one], CAPPED, "reverse")
+        single += backward(row, other, upstream[one], ids[one], CAPPED, "reverse", single[4])
+        for whole, part in zip(together, single, strict=True):
+            assert torch.equal(whole[one], part)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_a_mask_hides_is_not_read(kept: int) -> None:
+    """NaN, inf and ids of anything there; the other rows as if alone; nothing of no row."""
+    leaves, anchor, ids = problem("logits", 2, 7)
+    mask = torch.tensor([kept == 1, False], device=DEVICE)
+    leaves[0][~mask], anchor[0][~mask] = float("nan"), INF
+    ids[~mask] = torch.tensor([-1, 10**12], device=DEVICE)[~mask]
+    found = forward(leaves, anchor, ids, mask, CAPPED, "reverse")
+    upstream = torch.where(mask[:, None], 1.0, 0.0).expand(2, 3)
+    for state in (found[4], None):
+        (gradient,) = backward(leaves, anchor, upstream, ids, CAPPED, "reverse", state)
+        assert not any(values[~mask].any() for values in (*found, gradient))
+        for values in (*found, gradient):
+            assert values.isfinite().all() and bool(values.any()) == bool(kept)
+
+
+def test_no_rows() -> None:
+    leaves, anchor, ids = problem("logits", 0, 7)
+    found = forward(leaves, anchor, ids, some_mask(0), CAPPED, "reverse")
+    assert [len(x) for x in found] == [0] * 5
+    upstream = torch.zeros(0, 3, device=DEVICE)
+    assert backward(leaves, anchor, upstream, ids, CAPPED, "reverse")[0].shape == (0, 7)
+
+
+def test_strided_arguments() -> None:
+    leaves, anchor, ids = problem("logits", 3, 18)
+    mask = some_mask(3).repeat_interleave(2)[::2]
+    check([leaves[0][:, ::2]], [anchor[0][:, 1::2]], (ids % 9).repeat_interleave(2)[::2], mask)
+    check([leaves[0][:1].expand(3, 18)], anchor, ids, kl="reverse")
+    check([leaves[0].T.contiguous().T], anchor, ids, kl="forward")
+
+
+@pytest.mark.parametrize("kl", ["", "reverse"])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+def test_logits_of_1e4(dtype: torch.dtype, kl: str) -> None:
+    """Ties at the top, so that the probability of one token is 1, a half, or 0."""
+    logits = (torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1.0]]) * 2 - 1) * 1e4
+    logits = logits.to(dtype).to(DEVICE)
+    check([logits], [logits.roll(1, 1)], torch.tensor([0, 1, 0, 2], device=DEVICE), kl=kl)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 5])
+def test_tokens_at_minus_infinity(kept: int) -> None:
+    leaves, anchor, ids = problem("logits", 3, 33_000)
+    for given in (leaves, anchor):
+        given[0][:, kept:] = -INF
+    check(leaves, anchor, ids % kept, kl="forward")
+    if kept == 1:
+        mask = torch.ones(3, dtype=torch.bool, device=DEVICE)
+        found = forward(leaves, anchor, ids % 1, mask, PLAIN, "reverse")
+        assert not any(values.any() for values in found[:4])
+
+
+@pytest.mark.parametrize("depth", [88.0, 104.0, 300.0])
+def test_logprobs_whose_probability_underflows(depth: float) -> None:
+    logits = torch.randn(3, 50, device=DEVICE)
+    logits[:, 3] -= depth
+    check([logits], [], torch.full((3,), 3, device=DEVICE))
+
+
+def test_equal_logits_have_no_kl() -> None:
+    (logits,), _, ids = problem("logits", 3, 40_000, BF16)
+    mask = torch.ones(3, dtype=torch.bool, device=DEVICE)
+    for kl in ("reverse", "forward"):
+        found = forward([logits], [logits], ids, mask, CAPPED, kl)
+        assert torch.equal(found[0], found[2]) and not found[3].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+def test_nan_and_inf_reach_the_statistics_of_their_row_alone(bad: float) -> None:
+    leaves, anchor, ids = problem("logits", 3, 40_000, BF16)
+    mask = torch.ones(3, dtype=torch.bool, device=DEVICE)
+    leaves[0][1, 39_999], anchor[0][2, 0] = bad, bad
+    found = forward(leaves, anchor, ids, mask, PLAIN, "reverse")
+    nan = [values.isnan().tolist() for values in found[:4]]
+    policy, anchored = [False, True, False], [False, False, True]
+    assert nan == [policy, policy, anchored, [False, True, True]]
+    upstream = torch.ones(3, 3, device=DEVICE)
+    (gradient,) = backward(leaves, anchor, upstream, ids, PLAIN, "reverse", found[4])
+    assert gradient.isnan().any(1).tolist() == [False, True, True]
+
+
+def test_ids_outside_the_vocabulary() -> None:
+    """NaN, and never a read out of bounds."""
+    leaves, anchor, _ = problem("logits", 3, 7)
+    ids = torch.tensor([3, 7, -1], device=DEVICE)
+    found = forward(leaves, anchor, ids, some_mask(3) | True, PLAIN, "reverse")
+    for values in (found[0], found[2], found[3]):
+        assert values.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("kl", ["", "reverse", "forward"])
+def test_state_is_that_of_triton(kl: str) -> None:
+    leaves, anchor, ids = problem("logits", 3, 40_000, BF16)
+    mask, upstream = some_mask(3), torch.randn(3, 3, device=DEVICE) * some_mask(3)[:, None]
+    arguments = (*leaves, ids, mask, *anchor, *CAPPED, kl, True)
+    theirs = kernels.token_stats_triton(*arguments)[4]
+    ours = forward(leaves, anchor, ids, mask, CAPPED, kl)[4]
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+    found = [backward(leaves, anchor, upstream, ids, CAPPED, kl, x)[0] for x in (ours, theirs)]
+    torch.testing.assert_close(*found, rtol=2**-7, atol=1e-6)
+
+
+def test_elements_past_2_to_the_31() -> None:
+    """Three rows 2^30 elements apart, of which only the first few are ever touched."""
+    stride = 2**30 + 8
+    far = torch.empty(2 * stride + 8, dtype=BF16, device=DEVICE).as_strided((3, 7), (stride, 1))
+    (near,), _, ids = problem("logits", 3, 7, BF16)
+    far.copy_(near)
+    mask, upstream = some_mask(3) | True, torch.ones(3, 3, device=DEVICE)
+    found = forward([far], [far], ids, mask, CAPPED, "")
+    expected = forward([near], [near], ids, mask, CAPPED, "")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    gradients = [backward([x], [], upstream, ids, CAPPED, "", found[4])[0] for x in (far, near)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("kl", ["reward", "k3", "reverse", "forward"])
+def test_public_loss(kl: Any) -> None:
+    (logits,), (anchor,), ids = problem("logits", 6, 1000, BF16)
+
+    def results(backend: str) -> list[Tensor]:
+        leaf = logits.view(2, 3, -1).detach().requires_grad_()
+        found = warp_fast.warp_loss(
+            leaf, ids.view(2, 3), torch.ones(2, device=DEVICE), anchor_logits=anchor.view_as(leaf),
+            kl=kl, softcap=3.0, return_entropy=True, backend=backend,
+        )  # fmt: skip
+        assert found.entropy is not None
+        total = found.loss + (found.entropy + found.kl).sum()
+        return [found.loss.detach(), found.kl.detach(), *torch.autograd.grad(total, leaf)]
+
+    for a, b in zip(results("cuda"), results("reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype == BF16 else 1e-4, atol=1e-5)
+
+
+def test_op_is_traced() -> None:
+    (logits,), (anchor,), ids = problem("logits", 2, 7)
+    leaf, mask = logits.requires_grad_(), torch.ones(2, dtype=torch.bool, device=DEVICE)
+    op = _ops.TOKEN_STATS["cuda"]
+    torch.library.opcheck(op, (leaf, ids, mask, anchor, 0.7, 3.0, "reverse", True))
+
+    def logprobs(x: Tensor) -> Any:
+        return warp_fast.token_logprobs(x, ids, backend="cuda")
+
+    compiled = torch.compile(logprobs, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(leaf), logprobs(leaf))
+
+
+def test_captured_in_a_graph() -> None:
+    """Other logits, ids and mask at the replay than at the capture."""
+    first, second = (problem("logits", 5, 50_257, BF16) for _ in range(2))
+    inputs = [first[0][0], first[1][0], first[2], torch.ones(5, dtype=torch.bool, device=DEVICE)]
+    upstream = torch.randn(5, 3, device=DEVICE)
+
+    def run(logits: Tensor, anchor: Tensor, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        found = forward([logits], [anchor], ids, mask, CAPPED, "reverse")
+        saved = backward([logits], [anchor], upstream, ids, CAPPED, "reverse", found[4])
+        return [*found, *saved, *backward([logits], [anchor], upstream, ids, CAPPED, "reverse")]
+
+    run(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*inputs)
+    for given, new in zip(inputs, (*second[0], *second[1], second[2], some_mask(5)), strict=True):
+        given.copy_(new)
+    graph.replay()
+    for a, b in zip(captured, run(*inputs), strict=True):
+        assert torch.equal(a, b)
