@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from warp_fast._sharded import is_sharded
 
 if TYPE_CHECKING:
     from warp_fast._objective import Rows
@@ -33,19 +36,35 @@ class Terms:
 
 def head(temperature: float, softcap: float | None) -> None:
     """Temperature and softcap are positive and finite."""
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite; got {temperature}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
 
 
 def floating(**tensors: Tensor | None) -> None:
-    """Every tensor has a float dtype that the backends know."""
+    """Every tensor is whole, and has a float dtype that the backends know."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in _FLOATS:
+        if tensor is None:
+            continue
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{name} must be a plain tensor; got a DTensor: under FSDP2 call the loss in a "
+                "method of the module, with torch.distributed.fsdp.register_fsdp_forward_method"
+            )
+        if has_tangent(tensor):
+            raise NotImplementedError(f"{name} must have no tangent: the losses have no jvp")
+        if tensor.dtype not in _FLOATS:
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}"
             )
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a forward-mode derivative is asked for, which torch.library would give as 0."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def rows(logits: Tensor, name: str) -> None:
@@ -182,7 +201,7 @@ def _check_kl(kl: str, beta: float, has_anchor: bool, anchor_logprobs: Tensor | 
         )
     if kl not in _KINDS:
         raise ValueError(f"kl must be one of {', '.join(_KINDS)}; got {kl!r}")
-    if not (beta >= 0 and math.isfinite(beta)):
+    if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be finite and >= 0; got {beta}")
     if has_anchor and anchor_logprobs is not None:
         raise ValueError(
@@ -259,6 +278,6 @@ def _checked_normalizer(normalizer: str | float | Tensor) -> str | float | Tenso
                 f"normalizer must be 'sequence', 'token' or a positive number; got {normalizer!r}"
             )
         return normalizer
-    if not (normalizer > 0 and math.isfinite(normalizer)):
+    if not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer must be positive and finite; got {normalizer}")
     return float(normalizer)

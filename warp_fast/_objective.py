@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from warp_fast import _loss_checks as checks
+from warp_fast import _ops
 from warp_fast.reference.loss import Stats
 
 if TYPE_CHECKING:
@@ -72,14 +73,8 @@ class Rows:
 
     def to_go(self, values: Tensor) -> Tensor:
         """[N]: the sum from each token to the end of its sequence."""
-        # sums over the whole batch would carry an inf, and the rounding of a 1e30, to the others
-        sums = values.to(torch.float64, copy=True)
-        reach = 1
-        while reach < self.shape[-1]:
-            same = self.sequence[reach:] == self.sequence[:-reach]
-            sums[:-reach] += torch.where(same, sums[reach:], 0)
-            reach *= 2
-        return sums.to(values.dtype)
+        found: Tensor = _ops.SUMS_TO_GO(values, self.sequence, self.shape[-1])
+        return found
 
 
 def objective(rows: Rows, stats: Stats, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -105,7 +100,7 @@ def objective(rows: Rows, stats: Stats, terms: Terms) -> tuple[Tensor, Tensor]:
     weights = torch.where(rows.mask, weights, 0)
     per_token = terms.beta * penalty - _gain(logp, weights, terms)
     total = torch.where(rows.mask, per_token, 0).sum()
-    return total / _normalizer(rows, terms).to(total.dtype), kl
+    return total / _normalizer(rows, terms, total.dtype), kl
 
 
 def _gain(logp: Tensor, weights: Tensor, terms: Terms) -> Tensor:
@@ -119,10 +114,12 @@ def _gain(logp: Tensor, weights: Tensor, terms: Terms) -> Tensor:
     return torch.minimum(ratio * weights, ratio.clamp(1 - low, 1 + high) * weights)
 
 
-def _normalizer(rows: Rows, terms: Terms) -> Tensor:
+def _normalizer(rows: Rows, terms: Terms, dtype: torch.dtype) -> Tensor | float:
+    """Numbers stay numbers: a trace would be tied to the value of one that is made a tensor."""
     if isinstance(terms.normalizer, Tensor):
-        return terms.normalizer
+        return terms.normalizer.to(dtype)
     if terms.normalizer == "token":
-        return rows.mask.sum().clamp(min=1)
-    count = max(1, rows.count) if terms.normalizer == "sequence" else terms.normalizer
-    return torch.full((), float(count), dtype=torch.float64, device=rows.mask.device)
+        return rows.mask.sum().clamp(min=1).to(dtype)
+    if terms.normalizer == "sequence":
+        return max(1, rows.count)
+    return float(terms.normalizer)

@@ -236,3 +236,18 @@ def linear_token_stats_backward_reference(
             if needs_weight:
                 dweight.addmm_(dlogits.T, states)
     return dhidden, dweight.to(weight.dtype)
+
+
+def sums_to_go_reference(values: Tensor, sequence: Tensor, longest: int) -> Tensor:
+    """[N]: the sum from each token to the last one of its sequence, in fp64 between.
+
+    Shapes: values [N]; sequence [N], rising, says whose a token is; none has more than `longest`.
+    """
+    # sums over the whole batch would carry an inf, and the rounding of a 1e30, to other sequences
+    sums = values.to(torch.float64, copy=True)
+    reach = 1
+    while reach < longest:
+        same = sequence[reach:] == sequence[:-reach]
+        sums[:-reach] += torch.where(same, sums[reach:], 0)
+        reach *= 2
+    return sums.to(values.dtype)
