@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -38,6 +38,12 @@ def with_local(shard: Tensor, like: Tensor) -> Tensor:
         stride=layout.stride(),
     )
     return found
+
+
+def gatherers(module: nn.Module) -> list[Any]:
+    """The parts of a module that FSDP2 gathers before a forward pass."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
 def check_layout(name: str, tensor: Tensor, like: Tensor) -> None:

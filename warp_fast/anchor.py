@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from warp_fast._sharded import check_layout, is_sharded, local, with_local
+from warp_fast._sharded import check_layout, gatherers, is_sharded, local, with_local
 from warp_fast.ema import ema_update_
 from warp_fast.reference.ema import join_float32, split_float32
 
@@ -76,6 +76,7 @@ class EMAAnchor:
             for name, average in self._averages.items():
                 self._residuals[name] = torch.zeros_like(average, dtype=torch.int16)
         self._sources = list(trainable.values())
+        self._gatherers = gatherers(self.module)
         self.reset_()
 
     def update(self, stream: torch.cuda.Stream | None = None) -> None:
@@ -103,6 +104,7 @@ class EMAAnchor:
             step=self.step,
         )
         self._copy_buffers()
+        self._forget_gathered()
         self.step += 1
 
     @contextlib.contextmanager
@@ -136,11 +138,17 @@ class EMAAnchor:
             else:
                 target.copy_(value)
         self._copy_buffers()
+        self._forget_gathered()
         self.step = 0
 
     def _copy_buffers(self) -> None:
         for ours, theirs in zip(self.module.buffers(), self.policy.buffers(), strict=True):
             ours.copy_(theirs)
+
+    def _forget_gathered(self) -> None:
+        # FSDP2 keeps what a root gathered until its backward pass, and an anchor has none
+        for part in self._gatherers:
+            part.reshard()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs, by reference: the averages, residuals, step and rate.
@@ -181,6 +189,7 @@ class EMAAnchor:
         for part, ours in targets.items():
             for name, tensor in ours.items():
                 tensor.copy_(state[part][name])
+        self._forget_gathered()
         self.rate, self.seed, self.step = state["rate"], state["seed"], state["step"]
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
