@@ -265,9 +265,10 @@ __device__ void write_row(const LossStats& stats, int64_t n, const Row& row) {
     for (int i = 0; i < kRowState; ++i) stats.state[n * kRowState + i] = row.state[i];
 }
 
-// what one thread of a row's cluster finds of it; the others help and get nothing of use
+// the row, in thread 0 of every block of its cluster
 template <class ASKED, bool WIDE, bool KEEP>
-__device__ Row row_of(const Task& task, const Place& place, const Resident<WIDE>& resident, Shared& shared) {
+__device__ Row row_of(const Task& task, const Place& place, const Resident<WIDE>& resident,
+                      Shared& shared) {
     const float picked = picked_score(place.logits, place.token, task);
     float anchor_picked = 0, shift = 0;
     if (ASKED::anchor) anchor_picked = picked_score(place.anchor, place.token, task);
@@ -324,8 +325,10 @@ extern __shared__ Word pool[];
 
 #endif
 
+// The second launch bound of the kernels: as many blocks as have their registers without a spill,
+// since it is the number of loads in flight that hides the latency of memory.
 template <class ASKED, bool WIDE>
-__global__ void __launch_bounds__(kThreads, WIDE ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, WIDE ? 2 : 4)
     stats_kernel(const Task task, const uint8_t* kept, const LossStats stats) {
 #ifdef WARP_FAST_CLUSTERS
     __shared__ Shared shared;
@@ -343,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : 3)
 
 // FUSED: find the state first, in the same launch
 template <int EXACT, bool WIDE, bool FUSED>
-__global__ void __launch_bounds__(kThreads, WIDE || FUSED ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, WIDE || FUSED ? 2 : EXACT ? 3 : 4)
     gradient_kernel(const Task task, const float* upstream, const double* state,
                     const LossMatrix gradient) {
 #ifdef WARP_FAST_CLUSTERS
@@ -403,10 +406,12 @@ void launch(void (*kernel)(Parameters...), const LossRows& rows, const Task& tas
                                     " rows of this width; got " + std::to_string(rows.rows));
     }
     const int64_t bytes = task.slices.resident * kVector * (is_wide(rows) ? 4 : 2);
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
-          "asking for shared memory");
+    if (bytes > 0) {
+        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(bytes)),
+              "asking for shared memory");
+    }
     const unsigned parts = static_cast<unsigned>(task.slices.parts);
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;

@@ -32,7 +32,7 @@ struct Asked {
 };
 
 // How one row is cut: into `parts` blocks of `vectors` each, of which the first `resident` can stay
-// in shared memory. Nothing but the width decides where the cuts are, so neither do other rows.
+// in shared memory. The cuts depend on the width alone: a row gives the same bits in any batch.
 struct Slices {
     int parts;
     int64_t vectors, resident;
