@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from warp_fast._backend import BACKENDS, MISSING, SERVED, resolve
+from warp_fast._backend import BACKENDS, MISSING, SERVED, resolve, unavailable
 
 
 class Row(NamedTuple):
@@ -64,8 +64,10 @@ _WHAT: dict[str, Callable[[], str]] = {
 
 def chosen_row(op: str, device: str) -> Row:
     """What `backend="auto"` means for an op, and what else serves it."""
-    chosen = resolve(op, "auto", torch.device(device))
-    others = [name for name in SERVED[op][device] if name != chosen and MISSING[name] is None]
+    where = torch.device(device)
+    chosen = resolve(op, "auto", where)
+    able = [name for name in SERVED[op][device] if unavailable(op, name, where) is None]
+    others = [name for name in able if name != chosen]
     also = f" (also {', '.join(others)})" if others else ""
     return Row(f"{op} on {device}", None, chosen + also)
 
