@@ -38,19 +38,25 @@ struct Task {
 
 constexpr int kWarps = kThreads / 32;
 
-// one row of a matrix
+// One row of a matrix, of which every vector begins `skip` bytes into an aligned word.
 struct Line {
     char* begin;
     char* end;
-    int code;
+    int code, skip;
 };
 
-__device__ int bytes_of(int code) { return code == kFp32 ? 4 : 2; }
-
 __device__ Line line_of(const LossMatrix& matrix, int64_t n, int64_t width) {
-    const int bytes = bytes_of(matrix.code);
+    const int bytes = matrix.code == kFp32 ? 4 : 2;
     char* begin = static_cast<char*>(matrix.address) + n * matrix.stride * bytes;
-    return {begin, begin + width * bytes, matrix.code};
+    const int skip = static_cast<int>(reinterpret_cast<uintptr_t>(begin) % sizeof(Word));
+    return {begin, begin + width * bytes, matrix.code, skip};
+}
+
+// where vector k is; WIDE: there is an fp32 matrix
+template <bool WIDE>
+__device__ char* place_in(const Line& line, int k) {
+    const int64_t bytes = kVector * (WIDE && line.code == kFp32 ? 4 : 2);
+    return line.begin + k * bytes;
 }
 
 __device__ uint32_t pair_of(float low, float high, int code) {
@@ -59,15 +65,17 @@ __device__ uint32_t pair_of(float low, float high, int code) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// a vector as it lies in memory; WIDE: there is an fp32 matrix
+// a vector as it lies in memory
 template <bool WIDE>
 struct Raw {
     Word word[WIDE ? 2 : 1];
 
-    __device__ void load(const Line& line, int64_t at) {
-        const char* place = line.begin + at * bytes_of(line.code);
-        word[0] = window(place, line.end);
-        if (WIDE && line.code == kFp32) word[WIDE] = window(place + 16, line.end);
+    __device__ void load(const Line& line, int k) {
+        const char* place = place_in<WIDE>(line, k) - line.skip;
+        word[0] = window(place, line.skip, line.end);
+        if (WIDE && line.code == kFp32 && place + line.skip + sizeof(Word) < line.end) {
+            word[WIDE] = window(place + sizeof(Word), line.skip, line.end);
+        }
     }
     __device__ void get(int code, float (&z)[kVector]) const {
         if (WIDE && code == kFp32) {
@@ -90,21 +98,20 @@ struct Raw {
             }
         }
     }
-    // left: how many elements there are from `at` to the end of the row
-    __device__ void store(const Line& line, int64_t at, int64_t left) const {
+    // count: how many elements are inside the row, at most a vector
+    __device__ void store(const Line& line, int k, int count) const {
         const bool wide = WIDE && line.code == kFp32;
-        char* place = line.begin + at * bytes_of(line.code);
-        if (left >= kVector && reinterpret_cast<uintptr_t>(place) % sizeof(Word) == 0) {
+        char* place = place_in<WIDE>(line, k);
+        if (count == kVector && line.skip == 0) {
             Word* words = reinterpret_cast<Word*>(place);
             words[0] = word[0];
             if (wide) words[1] = word[WIDE];
             return;
         }
         for (int i = 0; i < kVector; ++i) {
-            if (i >= left) break;
-            if (wide) {
+            if (i < count && wide) {
                 reinterpret_cast<uint32_t*>(place)[i] = word[WIDE && i / 4].x[i % 4];
-            } else {
+            } else if (i < count) {
                 reinterpret_cast<uint16_t*>(place)[i] = static_cast<uint16_t>(half(i));
             }
         }
@@ -115,9 +122,9 @@ struct Raw {
 };
 
 // tokens past the last, and the sampled one, count nothing in the sums
-__device__ void leave_out(int64_t left, int64_t sampled, float (&u)[kVector]) {
+__device__ void leave_out(int count, int sampled, float (&u)[kVector]) {
     for (int i = 0; i < kVector; ++i) {
-        if (i >= left || i == sampled) u[i] = -INFINITY;
+        if (i >= count || i == sampled) u[i] = -INFINITY;
     }
 }
 
@@ -132,12 +139,12 @@ __device__ float picked_score(const Line& line, int64_t token, const Task& task)
 template <bool WIDE>
 struct Resident {
     Word* words;
-    int64_t count;
+    int count;
 
-    __device__ void put(int64_t k, const Raw<WIDE>& raw) const {
+    __device__ void put(int k, const Raw<WIDE>& raw) const {
         for (int w = 0; w <= WIDE; ++w) words[w * count + k] = raw.word[w];
     }
-    __device__ void get(int64_t k, Raw<WIDE>& raw) const {
+    __device__ void get(int k, Raw<WIDE>& raw) const {
         for (int w = 0; w <= WIDE; ++w) raw.word[w] = words[w * count + k];
     }
 };
@@ -145,8 +152,13 @@ struct Resident {
 // one row and the slice of it that is this block's
 struct Place {
     Line logits, anchor;
-    int64_t n, token, first, last;  // vectors
-    int part;
+    int64_t n, token;
+    int part, first, last;  // vectors
+    int short_one, short_count;  // the vector that the end of the row cuts, and what is left of it
+    int sampled_one, sampled;  // the vector of the sampled token, and where it is in there
+
+    __device__ int count(int k) const { return k == short_one ? short_count : kVector; }
+    __device__ int sampled_of(int k) const { return k == sampled_one ? sampled : -1; }
 };
 
 template <bool ANCHOR>
@@ -156,9 +168,14 @@ __device__ Place place_of(const Task& task) {
     place.part = blockIdx.x % task.slices.parts;
     const int64_t all = (task.width + kVector - 1) / kVector;
     const int64_t first = place.part * task.slices.vectors, last = first + task.slices.vectors;
-    place.first = first < all ? first : all;
-    place.last = last < all ? last : all;
+    place.first = static_cast<int>(first < all ? first : all);
+    place.last = static_cast<int>(last < all ? last : all);
+    place.short_count = static_cast<int>(task.width % kVector);
+    place.short_one = place.short_count ? static_cast<int>(all - 1) : -1;
     place.token = task.token_ids[place.n];
+    const bool known = place.token >= 0 && place.token < task.width;
+    place.sampled_one = known ? static_cast<int>(place.token / kVector) : -1;
+    place.sampled = static_cast<int>(place.token % kVector);
     place.logits = line_of(task.logits, place.n, task.width);
     if (ANCHOR) place.anchor = line_of(task.anchor, place.n, task.width);
     return place;
@@ -170,28 +187,27 @@ __device__ Sums<float> thread_sums(const Task& task, const Place& place, float s
                                    const Resident<WIDE>& resident) {
     Sums<float> sums;
     Raw<WIDE> raw, ahead, anchor, anchor_ahead;
-    int64_t k = place.first + threadIdx.x;
+    int k = place.first + threadIdx.x;
     if (k < place.last) {
-        raw.load(place.logits, k * kVector);
-        if (ASKED::anchor) anchor.load(place.anchor, k * kVector);
+        raw.load(place.logits, k);
+        if (ASKED::anchor) anchor.load(place.anchor, k);
     }
     for (; k < place.last; k += kThreads) {
         // the next vectors travel while these are added
         if (k + kThreads < place.last) {
-            ahead.load(place.logits, (k + kThreads) * kVector);
-            if (ASKED::anchor) anchor_ahead.load(place.anchor, (k + kThreads) * kVector);
+            ahead.load(place.logits, k + kThreads);
+            if (ASKED::anchor) anchor_ahead.load(place.anchor, k + kThreads);
         }
         if (KEEP && k - place.first < resident.count) resident.put(k - place.first, raw);
-        const int64_t left = task.width - k * kVector, sampled = place.token - k * kVector;
-        const bool partial = left < kVector || (sampled >= 0 && sampled < kVector);
+        const bool partial = k == place.short_one || k == place.sampled_one;
         float u[kVector], v[kVector];
         raw.get(place.logits.code, u);
         to_scores(u, task.head);
-        if (partial) leave_out(left, sampled, u);
+        if (partial) leave_out(place.count(k), place.sampled_of(k), u);
         if (ASKED::anchor) {
             anchor.get(place.anchor.code, v);
             to_scores(v, task.head);
-            if (partial) leave_out(left, sampled, v);
+            if (partial) leave_out(place.count(k), place.sampled_of(k), v);
         }
         add<ASKED>(sums, u, v, shift);
         raw = ahead, anchor = anchor_ahead;
@@ -281,10 +297,10 @@ __device__ Row row_of(const Task& task, const Place& place, const Resident<WIDE>
 }
 
 template <bool WIDE>
-__device__ void store_zeros(const Task& task, const Place& place, const Line& out) {
+__device__ void store_zeros(const Place& place, const Line& out) {
     const Raw<WIDE> zeros = {};
-    for (int64_t k = place.first + threadIdx.x; k < place.last; k += kThreads) {
-        zeros.store(out, k * kVector, task.width - k * kVector);
+    for (int k = place.first + threadIdx.x; k < place.last; k += kThreads) {
+        zeros.store(out, k, place.count(k));
     }
 }
 
@@ -292,16 +308,16 @@ __device__ void store_zeros(const Task& task, const Place& place, const Line& ou
 template <int EXACT, bool WIDE>
 __device__ void store_gradient(const Task& task, const Place& place, const Coefficients& c,
                                const Resident<WIDE>& resident, const Line& out) {
-    const auto load = [&](int64_t k, Raw<WIDE>& raw, Raw<WIDE>& anchor) {
+    const auto load = [&](int k, Raw<WIDE>& raw, Raw<WIDE>& anchor) {
         if (k - place.first < resident.count) {
             resident.get(k - place.first, raw);
         } else {
-            raw.load(place.logits, k * kVector);
+            raw.load(place.logits, k);
         }
-        if (EXACT) anchor.load(place.anchor, k * kVector);
+        if (EXACT) anchor.load(place.anchor, k);
     };
     Raw<WIDE> raw, ahead, anchor, anchor_ahead;
-    int64_t k = place.first + threadIdx.x;
+    int k = place.first + threadIdx.x;
     if (k < place.last) load(k, raw, anchor);
     for (; k < place.last; k += kThreads) {
         if (k + kThreads < place.last) load(k + kThreads, ahead, anchor_ahead);
@@ -312,11 +328,11 @@ __device__ void store_gradient(const Task& task, const Place& place, const Coeff
             anchor.get(place.anchor.code, v);
             to_scores(v, task.head);
         }
-        gradient<EXACT>(c, u, v, place.token - k * kVector, du);
+        gradient<EXACT>(c, u, v, place.sampled_of(k), du);
         raw.get(place.logits.code, u);
         through_head(u, task.head, du);
         raw.set(out.code, du);
-        raw.store(out, k * kVector, task.width - k * kVector);
+        raw.store(out, k, place.count(k));
         raw = ahead, anchor = anchor_ahead;
     }
 }
@@ -354,13 +370,13 @@ __global__ void __launch_bounds__(kThreads, WIDE || FUSED ? 2 : EXACT ? 3 : 4)
     const Line out = line_of(gradient, place.n, task.width);
     const float* given = upstream + place.n * 3;
     if (given[0] == 0 && given[1] == 0 && given[2] == 0) {
-        store_zeros<WIDE>(task, place, out);
+        store_zeros<WIDE>(place, out);
         return;
     }
     if constexpr (FUSED) {
         __shared__ Shared shared;
         using All = Asked<true, EXACT != kNoKl, EXACT>;
-        const Resident<WIDE> resident = {pool, task.slices.resident};
+        const Resident<WIDE> resident = {pool, static_cast<int>(task.slices.resident)};
         const Row row = row_of<All, WIDE, true>(task, place, resident, shared);
         if (threadIdx.x == 0) {
             for (int i = 0; i < kRowState; ++i) shared.state[i] = row.state[i];

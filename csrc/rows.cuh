@@ -22,6 +22,7 @@ namespace warp_fast {
 constexpr int kVector = 8;  // logits that one thread takes at a time
 constexpr int kMaxParts = 8;  // blocks of a cluster that every GPU with clusters can run
 constexpr int64_t kPart = 32768;  // logits that one block takes while there may be more blocks
+constexpr float kNothing = -200;  // exp is 0 here
 constexpr int64_t kStatic = 1024;  // bytes of shared memory that are not for logits
 
 // what is asked for besides the log-probability
@@ -124,6 +125,7 @@ WARP_FAST_BOTH void to_scores(float (&z)[kVector], const Head& head) {
     if (head.capped) {
         for (int i = 0; i < kVector; ++i) z[i] = tangent(product(z[i], head.inner));
     }
+    if (head.outer == 1) return;
     for (int i = 0; i < kVector; ++i) z[i] = product(z[i], head.outer);
 }
 
@@ -187,7 +189,8 @@ WARP_FAST_BOTH void add(Sums<float>& sums, const float (&u)[kVector], const floa
     for (int i = 0; i < kVector; ++i) {
         const float low = u[i] - base, e = exponential(low);
         sums.total += e;
-        if constexpr (ASKED::entropy) sums.weighted += weighed(low, e);
+        // where e is 0, 0 times a finite number
+        if constexpr (ASKED::entropy) sums.weighted += e * larger(low, kNothing);
         if (!ASKED::anchor) continue;
         const float anchor_e = exponential(v[i] - anchor_base);
         sums.anchor_total += anchor_e;
@@ -287,16 +290,16 @@ WARP_FAST_BOTH Coefficients coefficients_of(const float* upstream, const double*
             of(kRest),   of(kAnchorTop), of(kAnchorShare), of(kApartShift), of(kApart)};
 }
 
-// du of a vector, of which the element `sampled` is the sampled token, if there is one
+// du of a vector, of which the element `sampled` is the sampled token; -1 where none is
 template <int EXACT>
 WARP_FAST_BOTH void gradient(const Coefficients& c, const float (&u)[kVector],
-                             const float (&v)[kVector], int64_t sampled, float (&du)[kVector]) {
+                             const float (&v)[kVector], int sampled, float (&du)[kVector]) {
     float p[kVector];
     for (int i = 0; i < kVector; ++i) {
         p[i] = exponential(u[i] - c.top) * c.share;
         du[i] = -c.dlogprob * p[i];
     }
-    if (sampled >= 0 && sampled < kVector) {
+    if (sampled >= 0) {
         for (int i = 0; i < kVector; ++i) du[i] = i == sampled ? c.dlogprob * c.rest : du[i];
     }
     if (c.dentropy != 0) {
@@ -317,16 +320,15 @@ struct alignas(16) Word {
     uint32_t x[4];
 };
 
-// The 16 bytes at any even address, read as aligned words that hold some byte before `end`: such a
-// word is on a page of what is read. Bytes from `end` on may be anything.
-WARP_FAST_BOTH Word window(const char* at, const char* end) {
-    if (at >= end) return {};
-    const int skip = static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15);
-    const char* place = at - skip;
+// The 16 bytes that begin `skip` bytes, an even number, into an aligned word. Only aligned words are
+// read that begin before `end`: each is on a page of what may be read. From `end` on the bytes may
+// be anything.
+WARP_FAST_BOTH Word window(const char* place, int skip, const char* end) {
     const Word low = *reinterpret_cast<const Word*>(place);
     if (skip == 0) return low;
     Word high = {};
-    if (place + 16 < end) high = *reinterpret_cast<const Word*>(place + 16);
+    const char* next = place + sizeof(Word);
+    if (next < end) high = *reinterpret_cast<const Word*>(next);
     uint32_t x[8] = {low.x[0],  low.x[1],  low.x[2],  low.x[3],
                      high.x[0], high.x[1], high.x[2], high.x[3]};
     if (skip & 8) {

@@ -83,7 +83,7 @@ void run(const float* z, const float* w, int64_t width, int64_t token, int threa
     for (int64_t at = 0; at < width; at += kVector) {
         float u[kVector], v[kVector], du[kVector];
         load(z, at, u), load(w, at, v);
-        gradient<ASKED::exact>(c, u, v, token - at, du);
+        gradient<ASKED::exact>(c, u, v, at <= token && token < at + kVector ? token - at : -1, du);
         for (int i = 0; i < kVector; ++i) u[i] = at + i < width ? z[at + i] : 0;
         through_head(u, head, du);
         for (int i = 0; i < kVector && at + i < width; ++i) dz[at + i] = du[i];
@@ -106,8 +106,8 @@ extern "C" void slices(int64_t width, int bytes, int64_t shared, int64_t* found)
     found[0] = cut.parts, found[1] = cut.vectors, found[2] = cut.resident;
 }
 
-extern "C" void bytes_at(const char* at, const char* end, char* found) {
-    const Word word = window(at, end);
+extern "C" void bytes_at(const char* place, int skip, const char* end, char* found) {
+    const Word word = window(place, skip, end);
     for (int i = 0; i < 16; ++i) found[i] = reinterpret_cast<const char*>(&word)[i];
 }
 """
@@ -129,7 +129,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pointer, pointer, pointer,
     ]  # fmt: skip
     library.slices.argtypes = [whole, ctypes.c_int, whole, pointer]
-    library.bytes_at.argtypes = [pointer, pointer, pointer]
+    library.bytes_at.argtypes = [pointer, ctypes.c_int, pointer, pointer]
     return library
 
 
@@ -301,13 +301,12 @@ def test_slices_of_gemma(rows: ctypes.CDLL) -> None:
 
 
 def test_words_at_any_address(rows: ctypes.CDLL) -> None:
-    numbers = torch.randint(0, 256, (80,), dtype=torch.uint8)
-    base = numbers.data_ptr() + -numbers.data_ptr() % 16
-    offset = base - numbers.data_ptr()
+    numbers = torch.randint(0, 256, (64,), dtype=torch.uint8)
+    offset = -numbers.data_ptr() % 16
+    place = numbers.data_ptr() + offset
     word = torch.empty(16, dtype=torch.uint8)
-    for start in range(0, 32, 2):
-        for length in range(0, 18, 2):
-            rows.bytes_at(base + start, base + start + length, word.data_ptr())
+    for skip in range(0, 16, 2):
+        for length in range(2, 18, 2):
+            rows.bytes_at(place, skip, place + skip + length, word.data_ptr())
             seen = min(length, 16)
-            expected = numbers[offset + start : offset + start + seen]
-            assert torch.equal(word[:seen], expected)
+            assert torch.equal(word[:seen], numbers[offset + skip :][:seen])
