@@ -320,9 +320,9 @@ struct alignas(16) Word {
     uint32_t x[4];
 };
 
-// The 16 bytes that begin `skip` bytes, an even number, into an aligned word. Only aligned words are
-// read that begin before `end`: each is on a page of what may be read. From `end` on the bytes may
-// be anything.
+// The 16 bytes that begin `skip` bytes, an even number, into an aligned word. What is read is only
+// aligned words that begin before `end`: each is on a page of what may be read. From `end` on the
+// bytes may be anything.
 WARP_FAST_BOTH Word window(const char* place, int skip, const char* end) {
     const Word low = *reinterpret_cast<const Word*>(place);
     if (skip == 0) return low;
