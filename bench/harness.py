@@ -57,6 +57,8 @@ class Provider:
         ours: whether it is of this package.
         prepare: called before every run, untimed.
         peak: bytes that one run takes at most, where this process is not the one to look at.
+        returned: bytes of the results that every provider makes; the rest of the peak is its own.
+        flops: of the matrix products that nobody can do without.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Provider:
     ours: bool = False
     prepare: Callable[[], object] = lambda: None
     peak: Callable[[], float] | None = None
+    returned: int = 0
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,12 +184,8 @@ def measure(providers: Sequence[Provider], device: torch.device, scale: Scale) -
     timed = [result for result in results if result.refused is None]
     gc.collect()  # garbage that is freed later would hide what a call takes
     for result in timed:
-        provider = result.provider
-        if provider.peak is None:
-            provider.prepare()
-            provider.run()
-        provider.prepare()
-        result.peak_bytes = provider.peak() if provider.peak else peak_bytes(provider.run, device)
+        _measure_memory(result, device)
+    timed = [result for result in timed if result.refused is None]
     for turn in range(scale.rounds):
         first = turn % max(1, len(timed))
         for result in [*timed[first:], *timed[:first]]:
@@ -193,6 +193,39 @@ def measure(providers: Sequence[Provider], device: torch.device, scale: Scale) -
                 result.provider.prepare()
                 result.seconds.append(clock.seconds(result.provider.run))
     return results
+
+
+def _measure_memory(result: Result, device: torch.device) -> None:
+    """Of the second run; one that has not enough of it is refused."""
+    provider = result.provider
+    try:
+        if provider.peak is None:
+            provider.prepare()
+            provider.run()
+        provider.prepare()
+        result.peak_bytes = provider.peak() if provider.peak else peak_bytes(provider.run, device)
+    except torch.OutOfMemoryError:
+        result.refused = "out of memory"
+    if result.refused is not None and device.type == "cuda":
+        provider.prepare()
+        torch.cuda.empty_cache()
+
+
+def matmul_probe(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> Provider:
+    """What products of [rows, width] with 16k columns run at here, into old memory."""
+    columns = 1 << 14
+    a, b = torch.randn(rows, width, device=device), torch.randn(width, columns, device=device)
+    a, b = a.to(dtype), b.to(dtype)
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    return Provider(
+        "probe: matmul",
+        lambda: torch.mm(a, b, out=out),
+        lambda: 0.0,
+        0.0,
+        out.numel(),
+        a.nbytes + b.nbytes + out.nbytes,
+        flops=2 * rows * width * columns,
+    )
 
 
 def bandwidth_probes(device: torch.device, size: int) -> list[Provider]:

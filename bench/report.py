@@ -23,6 +23,17 @@ from rich.table import Table
 from bench.harness import Absent, Options, Result
 from warp_fast import _backend
 
+_PACKAGES = (
+    "torch",
+    "triton",
+    "timm",
+    "ema-pytorch",
+    "mergekit",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
+
 
 @dataclass
 class Group:
@@ -34,6 +45,7 @@ class Group:
         absent: peers that are not installed.
         stream: name of the probe that the fractions refer to.
         base: name of the provider that the factors refer to.
+        matmul: name of the probe whose rate makes floors of flops.
     """
 
     title: str
@@ -41,6 +53,7 @@ class Group:
     absent: list[Absent]
     stream: str
     base: str
+    matmul: str = ""
 
     def find(self, name: str) -> Result | None:
         return next((r for r in self.results if r.provider.name == name), None)
@@ -52,7 +65,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "machine": machine(device),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
-        **_versions("torch", "triton", "timm", "ema-pytorch", "mergekit"),
+        **_versions(*_PACKAGES),
         "cuda": torch.version.cuda or "none",
         "backends": ", ".join(n for n in _backend.BACKENDS if _backend.MISSING[n] is None),
         "commit": _commit(),
@@ -102,6 +115,8 @@ def row(group: Group, result: Result) -> dict[str, str]:
     cells["gate error"] = "" if math.isnan(result.error) else f"{result.error:.1e}"
     if result.refused is not None:
         return {**cells, "ms": result.refused}
+    if not result.seconds:
+        return cells
     median = result.quantile(0.5)
     cells["ms"] = f"{median * 1e3:.2f}"
     cells["p20-p80"] = f"{result.quantile(0.2) * 1e3:.2f}-{result.quantile(0.8) * 1e3:.2f}"
@@ -110,6 +125,12 @@ def row(group: Group, result: Result) -> dict[str, str]:
     cells["of stream"] = f"{result.bandwidth / stream.bandwidth:.2f}" if stream else ""
     cells["times base"] = f"{median / base.quantile(0.5):.2f}" if base else ""
     cells["peak MiB"] = f"{result.peak_bytes / 2**20:.0f}"
+    if provider.returned:
+        cells["work MiB"] = f"{(result.peak_bytes - provider.returned) / 2**20:.0f}"
+    matmul = group.find(group.matmul)
+    if provider.flops and matmul:
+        floor = provider.flops / matmul.provider.flops * matmul.quantile(0.5)
+        cells["of floor"] = f"{floor / median:.2f}"
     return cells
 
 
@@ -124,13 +145,18 @@ def rows(group: Group) -> list[dict[str, str]]:
 def show(group: Group, console: Console) -> None:
     """Print a group; refusals and absences reach over the columns of numbers."""
     table = Table(title=group.title, title_justify="left", caption_justify="left")
-    table.caption = f"of stream: {group.stream}; times base: {group.base}"
+    if group.base:
+        table.caption = f"of stream: {group.stream}; times base: {group.base}"
+    if group.matmul:
+        table.caption = (
+            f"{table.caption}; work: peak less what all return; of floor: {group.matmul}"
+        )
     notes = []
     for line in rows(group):
         if not table.columns:
             for column in line:
                 table.add_column(column, justify="left" if column == "provider" else "right")
-        if not line["ns/elem"]:
+        if line.get("ms") and not line.get("ns/elem"):
             notes.append(f"  {line['provider']}: {line['ms']}")
             continue
         table.add_row(*line.values())

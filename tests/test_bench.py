@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import bench_ema, bench_merge, bench_slerp, peers
+from bench import bench_ema, bench_loss, bench_merge, bench_slerp, peers, peers_loss
 from bench.checkpoints import Model
 from bench.harness import Absent, Provider, Scale, gate, measure, parse, relative_error
+from bench.loss_accuracy import accuracy
 from bench.report import Group, environment, rows, show, stem, write
 from warp_fast import slerp
 
@@ -55,6 +57,18 @@ def test_a_slow_provider_sits_out_after_three_rounds() -> None:
     calls: list[str] = []
     results = measure([_provider("slow", calls)], _CPU, Scale(9, 1 << 12, budget=0.0))
     assert len(results[-1].seconds) == 3
+
+
+def test_a_provider_without_memory_is_refused_and_the_others_go_on() -> None:
+    def starve() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    calls: list[str] = []
+    starved = _provider("starved", calls)
+    starved.run = starve
+    *_, first, second = measure([starved, _provider("fed", calls)], _CPU, _TINY)
+    assert first.refused == "out of memory" and not first.seconds
+    assert len(second.seconds) == _TINY.rounds
 
 
 def test_prepare_runs_before_every_run() -> None:
@@ -145,6 +159,62 @@ def test_the_peer_in_torch_is_the_reference() -> None:
     recursion = peers.warp_slerp(init[0], [policy[0] for policy in policies])
     ours = slerp(init, policies, backend="reference")
     assert relative_error(ours, [recursion]) < 1e-14
+
+
+@pytest.fixture
+def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers of torch alone, none of them compiled."""
+    monkeypatch.setattr(peers_loss, "missing", lambda package: f"pip install {package}")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.5])
+def test_loss_quick_path(no_packages: None, masked: float) -> None:
+    group = bench_loss.compare(bench_loss.Case(64, 16, 300, masked), _CPU, _TINY)
+    _complete(group, len(bench_loss.backends(_CPU)))
+    packages = {absent.install.rpartition(" ")[2] for absent in group.absent}
+    assert packages >= {"trl", "liger-kernel", "cut-cross-entropy"}
+    lines = {line["provider"]: line for line in rows(group)}
+    assert lines["probe: matmul"]["of floor"] == "1.00"
+    for result in group.results:
+        if result.provider.returned:
+            line = lines[result.provider.name]
+            assert float(line["work MiB"]) <= float(line["peak MiB"]) and line["of floor"]
+
+
+def test_the_floor_counts_the_rows_inside_the_mask() -> None:
+    case = bench_loss.Case(64, 16, 300, 0.5)
+    batch = bench_loss.batch_of(case, _CPU, torch.float32)
+    assert bench_loss.loss_flops(case, batch) == 8 * int(batch.mask.sum()) * 16 * 300
+
+
+@pytest.mark.parametrize("changed", ["advantages", "anchor_hidden", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_loss_fails_the_gate_of_the_loss(changed: str, dtype: torch.dtype) -> None:
+    def wrong(batch: peers_loss.Batch) -> torch.Tensor:
+        other = {"advantages": -batch.advantages, "mask": torch.ones_like(batch.mask)}
+        other["anchor_hidden"] = batch.hidden.detach()
+        return bench_loss.warp(dataclasses.replace(batch, **{changed: other[changed]}))
+
+    batch = bench_loss.batch_of(bench_loss.GATE, _CPU, dtype)
+    refused = [
+        gate(bench_loss.provider("a loss", loss, bench_loss.GATE, batch)).refused
+        for loss in (wrong, bench_loss.warp)
+    ]
+    assert refused[0] and not refused[1]
+
+
+def test_bf16_logits_are_noise_near_the_anchor(
+    no_packages: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = accuracy(_CPU, bench_loss.backends(_CPU))
+    for group in groups:
+        assert not any(result.refused for result in group.results)
+        for result in group.results:
+            off = float(result.provider.shown["k2 slope off, %"])
+            assert off < 1 if result.provider.ours else off > 20 or "fp32" in result.provider.name
+    show(groups[0], Console(width=200))
+    assert "torch eager, bf16" in capsys.readouterr().out
 
 
 def test_merge_quick_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
