@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from warp_fast.merge.plan import MergePlan, plan_merge
 from warp_fast.merge.progress import byte_progress
 from warp_fast.merge.report import MergeReport, write_report
 from warp_fast.merge.stream import Merger, Solution
-from warp_fast.merge.write import Writer, staged
+from warp_fast.merge.write import Writer, staged, sync
 
 _COMPARED = 1 << 22  # elements of a tied head that are compared at a time
 
@@ -78,13 +79,15 @@ def merge_checkpoints(
     _check_installed(progress)
     files = MappedFiles(plan.inputs)
     _check_tied(plan, files)
-    with staged(plan.output) as aside:
+    with staged(plan.output) as aside, ThreadPoolExecutor(1) as disk:
         directories = [aside / o.relative_to(plan.output) for o in plan.outputs]
         solution = _write_weights(plan, files, directories, progress, served)
+        synced = disk.submit(sync, aside)  # while the report is made
         report = _report(plan, solution)
         for directory in directories:
             carry_over(plan, directory)
         write_report(report, directories)
+        synced.result()
     if report.degenerate:
         some = ", ".join(report.degenerate[:5]) + (", ..." if len(report.degenerate) > 5 else "")
         warnings.warn(

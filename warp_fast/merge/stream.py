@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,20 @@ class Solution:
     degenerate: Tensor
 
 
+class _Buffer:
+    """Merged tiles on their way to the disk, one at a time."""
+
+    def __init__(self, size: int) -> None:
+        self.raw = mmap.mmap(-1, size)
+        self.bytes = torch.frombuffer(self.raw, dtype=torch.uint8)
+        self.written: Future[None] | None = None
+
+    def wait(self) -> None:
+        """Until it is free; raises what went wrong with its last tile."""
+        if self.written is not None:
+            self.written.result()
+
+
 class Merger:
     """Runs a plan: the Gram of a group of segments, their coefficients, then their merged tensors.
 
@@ -48,8 +62,8 @@ class Merger:
         runs = len(plan.policies)
         self.grams = {n: torch.zeros(runs, runs, dtype=torch.float64) for n in self.segment_of}
         sizes = [self._output_bytes(step.tile) for step in self.steps if step.apply]
-        self.raw = mmap.mmap(-1, max(sizes, default=1))
-        self.buffer = torch.frombuffer(self.raw, dtype=torch.uint8)
+        # one is filled while the other is written
+        self.buffers = [_Buffer(max(sizes, default=1)) for _ in range(2)]
 
     @property
     def total_bytes(self) -> int:
@@ -59,7 +73,7 @@ class Merger:
     def run(self, advance: Callable[[int], None]) -> Solution:
         """Merge all segments; `advance` is told of the bytes that each step read and wrote."""
         solved: tuple[list[str], Tensor] | None = None
-        with ThreadPoolExecutor(1) as reader:
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as disk:
             for i, step in enumerate(self.steps):
                 for ahead in self.steps[i + _AHEAD : i + _AHEAD + 1]:
                     reader.submit(self._prefetch, ahead.tile)
@@ -69,9 +83,11 @@ class Merger:
                 if step.apply:
                     if solved is None or solved[0] is not step.group:
                         solved = step.group, self.solve(step.group).coefficients
-                    self._apply(step, inputs, solved[1])
+                    self._apply(step, inputs, solved[1], disk)
                 advance(self._moved(step))
                 self.files.release()
+            for buffer in self.buffers:
+                buffer.wait()
         return self.solve(list(self.plan.segments))
 
     def solve(self, segments: list[str]) -> Solution:
@@ -105,24 +121,34 @@ class Merger:
                     raise CheckpointError(f"{checkpoint}: {piece.name} holds NaN or inf")
         raise CheckpointError(f"the task vectors of {tile[0].name} or the next overflow")
 
-    def _apply(self, step: Step, inputs: list[list[Tensor]], coefficients: Tensor) -> None:
+    def _apply(
+        self, step: Step, inputs: list[list[Tensor]], coefficients: Tensor, disk: Executor
+    ) -> None:
+        """Merge a tile into a free buffer, and hand it to the thread that writes."""
         init, *policies = inputs
         flat = [tensor for policy in policies for tensor in policy]
         position = {segment: s for s, segment in enumerate(step.group)}
         segment = [position[self.segment_of[piece.name]] for piece in step.tile]
         rows = torch.tensor(self.plan.etas, dtype=torch.float64).view(-1, 1, 1) * coefficients
-        places = self._places(step.tile)
+        buffer = self.buffers[0]
+        buffer.wait()
         merged = [
-            self.buffer[at : at + p.output_bytes].view(self.plan.out_dtype(p.name))
-            for at, p in zip(places, step.tile * len(self.writers), strict=True)
+            buffer.bytes[at : at + p.output_bytes].view(self.plan.out_dtype(p.name))
+            for at, p in zip(self._places(step.tile), step.tile * len(self.writers), strict=True)
         ]
         self.apply_op(merged, init, flat, rows, segment)
-        for k, writer in enumerate(self.writers):
-            for t, piece in enumerate(step.tile):
-                i = k * len(step.tile) + t
-                if merged[i].dtype == torch.float16 and not merged[i].isfinite().all():
-                    raise ValueError(f"{piece.name} overflows float16; choose bfloat16 or float32")
-                content = memoryview(self.raw)[places[i] : places[i] + piece.output_bytes]
+        for piece, tensor in zip(step.tile * len(self.writers), merged, strict=True):
+            if tensor.dtype == torch.float16 and not tensor.isfinite().all():
+                raise ValueError(f"{piece.name} overflows float16; choose bfloat16 or float32")
+        buffer.written = disk.submit(self._write, step.tile, buffer)
+        self.buffers.reverse()
+
+    def _write(self, tile: list[Piece], buffer: _Buffer) -> None:
+        places = iter(self._places(tile))
+        for writer in self.writers:
+            for piece in tile:
+                at = next(places)
+                content = memoryview(buffer.raw)[at : at + piece.output_bytes]
                 writer.write(piece.name, piece.start * piece.itemsize, content)
 
     def _places(self, tile: list[Piece]) -> list[int]:

@@ -33,7 +33,7 @@ def staged(output: Path) -> Iterator[Path]:
         try:
             _clear(aside)
             yield aside
-            _sync(aside)
+            sync(aside)
             os.rename(aside, final)
             _sync_entries(final.parent)
         except BaseException:
@@ -51,7 +51,8 @@ def _clear(directory: Path) -> None:
             path.unlink()
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
+    """Wait until all that lies in a directory is on the disk."""
     for path in [directory, *directory.rglob("*")]:
         _sync_entries(path)
 
