@@ -7,8 +7,9 @@ import mmap
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,14 +24,15 @@ class MappedFiles:
     """Read-only views of tensors in mapped files; what was read is let go at `release`."""
 
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
+        self._files: dict[Path, BinaryIO] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._bytes: dict[Path, Tensor] = {}
         # files of equal size would lie at like addresses, whose lines push each other out of the
         # L1 cache of some processors: the Gram then reads at a third of its speed
         self._between: list[mmap.mmap] = []
         for path in sorted({e.file for c in checkpoints for e in c.entries.values()}):
-            with open(path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._files[path] = open(path, "rb")
+            mapped = mmap.mmap(self._files[path].fileno(), 0, access=mmap.ACCESS_READ)
             self._maps[path] = mapped
             self._between.append(mmap.mmap(-1, _APART))
             with warnings.catch_warnings():
@@ -60,20 +62,38 @@ class MappedFiles:
         """The bytes of a whole tensor."""
         return memoryview(self._maps[entry.file])[entry.start : entry.start + entry.nbytes]
 
+    def prefetch(self, parts: Iterable[tuple[Entry, int, int]]) -> None:
+        """Ask the kernel to read elements from disk while something else runs."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for path, first, end in _joined(parts):
+            handle = self._files[path].fileno()
+            if not _cached(handle, first, end):
+                os.posix_fadvise(handle, first, end - first, os.POSIX_FADV_WILLNEED)
+
     def release(self) -> None:
         """Drop the mapped pages from this process; they stay in the page cache."""
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def prefetch(entry: Entry, start: int, stop: int) -> None:
-    """Ask the kernel to read these elements from disk while something else runs."""
-    if hasattr(os, "posix_fadvise"):
+def _joined(parts: Iterable[tuple[Entry, int, int]]) -> list[tuple[Path, int, int]]:
+    """Bytes from first to end of files; what touches is one."""
+    joined: list[tuple[Path, int, int]] = []
+    for entry, start, stop in parts:
         size = entry.dtype.itemsize
-        handle = os.open(entry.file, os.O_RDONLY)
-        try:
-            os.posix_fadvise(
-                handle, entry.start + start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED
-            )
-        finally:
-            os.close(handle)
+        first, end = entry.start + start * size, entry.start + stop * size
+        if joined and joined[-1][0] == entry.file and joined[-1][2] == first:
+            first = joined.pop()[1]
+        joined.append((entry.file, first, end))
+    return joined
+
+
+def _cached(handle: int, first: int, end: int) -> bool:
+    """Whether both ends are in the page cache, and likely all; asking for more costs time."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        return all(os.preadv(handle, [bytearray(1)], at, os.RWF_NOWAIT) for at in (first, end - 1))
+    except OSError:  # not without waiting, or not on this file system
+        return False

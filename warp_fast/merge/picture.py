@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from warp_fast.merge.report import MergeReport
 
-_MAX_LABELS = 40  # on the axis of segments; more are thinned out
+_MAX_LABELS = 24  # on the axis of segments; more are thinned out
 
 
 def draw_angles(report: MergeReport) -> bytes:
@@ -29,7 +29,7 @@ def draw_angles(report: MergeReport) -> bytes:
         f"merged by {report.method.upper()}"
     )
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130)
+    figure.savefig(stream, format="png", dpi=100)
     return stream.getvalue()
 
 
