@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,15 +23,14 @@ class MappedFiles:
     """Read-only views of tensors in mapped files; what was read is let go at `release`."""
 
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
-        self._files: dict[Path, BinaryIO] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._bytes: dict[Path, Tensor] = {}
         # files of equal size would lie at like addresses, whose lines push each other out of the
         # L1 cache of some processors: the Gram then reads at a third of its speed
         self._between: list[mmap.mmap] = []
         for path in sorted({e.file for c in checkpoints for e in c.entries.values()}):
-            self._files[path] = open(path, "rb")
-            mapped = mmap.mmap(self._files[path].fileno(), 0, access=mmap.ACCESS_READ)
+            with open(path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._maps[path] = mapped
             self._between.append(mmap.mmap(-1, _APART))
             with warnings.catch_warnings():
@@ -62,19 +60,23 @@ class MappedFiles:
         """The bytes of a whole tensor."""
         return memoryview(self._maps[entry.file])[entry.start : entry.start + entry.nbytes]
 
-    def prefetch(self, parts: Iterable[tuple[Entry, int, int]]) -> None:
-        """Ask the kernel to read elements from disk while something else runs."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for path, first, end in _joined(parts):
-            handle = self._files[path].fileno()
-            if not _cached(handle, first, end):
-                os.posix_fadvise(handle, first, end - first, os.POSIX_FADV_WILLNEED)
-
     def release(self) -> None:
         """Drop the mapped pages from this process; they stay in the page cache."""
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def prefetch(parts: Iterable[tuple[Entry, int, int]]) -> None:
+    """Ask the kernel to read elements from disk while something else runs."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path, first, end in _joined(parts):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            if not _cached(handle, first, end):
+                os.posix_fadvise(handle, first, end - first, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
 
 
 def _joined(parts: Iterable[tuple[Entry, int, int]]) -> list[tuple[Path, int, int]]:

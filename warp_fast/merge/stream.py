@@ -12,7 +12,7 @@ from torch import Tensor
 
 from warp_fast import _ops
 from warp_fast.merge.checkpoint import CheckpointError
-from warp_fast.merge.mapped import MappedFiles
+from warp_fast.merge.mapped import MappedFiles, prefetch
 from warp_fast.merge.plan import MergePlan
 from warp_fast.merge.steps import Piece, Step, merge_steps
 from warp_fast.merge.write import Writer
@@ -174,4 +174,4 @@ class Merger:
 
     def _prefetch(self, tile: list[Piece]) -> None:
         for checkpoint in self.plan.inputs:
-            self.files.prefetch((checkpoint.entries[p.name], p.start, p.stop) for p in tile)
+            prefetch((checkpoint.entries[p.name], p.start, p.stop) for p in tile)
