@@ -10,7 +10,9 @@
 namespace warp_fast {
 namespace {
 
-constexpr int kMostFused = 5;  // policies whose pairs are summed in one go
+constexpr int kMostFused = 5;     // policies whose pairs are summed in one go
+constexpr int kMostStaged = 16;   // policies whose task vectors are held in the L1 cache
+constexpr int64_t kStaged = 128;  // elements held at a time
 
 // four of the sixteen elements in fp64
 WARP_FAST_INLINE f64x4 quarter(const Lanes& value, int q) {
@@ -25,78 +27,130 @@ WARP_FAST_INLINE f64x4 quarter(const Lanes& value, int q) {
 #endif
 }
 
+WARP_FAST_INLINE f64x4 quad_at(const double* from) {
+    f64x4 value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+}
+
 WARP_FAST_INLINE double total(f64x4 sum) { return (sum[0] + sum[2]) + (sum[1] + sum[3]); }
 
-// All pairs of A policies from a on, or with B of A policies with B others from b on.
-template <int CODE, int A, int B>
-void pairs(const MergeEntry& entry, int64_t begin, int64_t end, int a, int b, double* found) {
-    constexpr int kPairs = B == 0 ? A * (A + 1) / 2 : A * B;
+// all pairs of a few policies
+template <int CODE, int A>
+void pairs(const MergeEntry& entry, int64_t begin, int64_t end, double* row) {
+    constexpr int kPairs = A * (A + 1) / 2;
     // two sums per pair where registers allow it: one alone waits for itself
     constexpr int kSums = kPairs <= 3 ? 2 : 1;
     f64x4 sum[kSums][kPairs] = {};
     const auto add = [&](int64_t at, int64_t lanes) __attribute__((always_inline)) {
         const Lanes start = load_column<CODE>(entry, 0, at, lanes);
-        Lanes delta[A + B];
-        for (int i = 0; i < A + B; ++i) {
-            const int policy = 1 + (i < A ? a + i : b + i - A);
-            const Lanes stop = load_column<CODE>(entry, policy, at, lanes);
+        Lanes delta[A];
+        for (int i = 0; i < A; ++i) {
+            const Lanes stop = load_column<CODE>(entry, 1 + i, at, lanes);
             delta[i] = {stop.a - start.a, stop.b - start.b};
         }
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) {
-            f64x4 wide[A + B];
-            for (int i = 0; i < A + B; ++i) wide[i] = quarter(delta[i], q);
+            f64x4 wide[A];
+            for (int i = 0; i < A; ++i) wide[i] = quarter(delta[i], q);
             int p = 0;
             for (int i = 0; i < A; ++i) {
-                for (int j = B == 0 ? i : A; j < A + B; ++j, ++p) {
-                    sum[q % kSums][p] += wide[i] * wide[j];
-                }
+                for (int j = i; j < A; ++j, ++p) sum[q % kSums][p] += wide[i] * wide[j];
             }
         }
     };
     int64_t at = begin;
     for (; at + kLanes <= end; at += kLanes) add(at, kLanes);
     if (at < end) add(at, end - at);
-    for (int p = 0; p < kPairs; ++p) found[p] = total(sum[0][p] + sum[kSums - 1][p] * (kSums - 1));
+    for (int p = 0; p < kPairs; ++p) row[p] = total(sum[0][p] + sum[kSums - 1][p] * (kSums - 1));
 }
 
-WARP_FAST_INLINE int64_t triangle(int i, int j, int policies) {
-    return static_cast<int64_t>(i) * policies - i * (i - 1) / 2 + j - i;
-}
-
-template <int CODE, int A, int B>
-void group(const MergeEntry& entry, int64_t begin, int64_t end, int a, int b, int policies,
-           double* row) {
-    double found[B == 0 ? A * (A + 1) / 2 : A * B];
-    pairs<CODE, A, B>(entry, begin, end, a, b, found);
-    int p = 0;
-    for (int i = 0; i < A; ++i) {
-        for (int j = B == 0 ? i : 0; j < (B == 0 ? A : B); ++j) {
-            row[triangle(a + i, (B == 0 ? a : b) + j, policies)] = found[p++];
+// Differences of `lanes` elements in fp64, zeros up to a multiple of kLanes; a row for each policy.
+template <int CODE>
+void stage(const MergeEntry& entry, int64_t begin, int64_t lanes, int policies,
+           double (*wide)[kStaged]) {
+    for (int64_t at = 0; at < lanes; at += kLanes) {
+        const int64_t some = lanes - at < kLanes ? lanes - at : kLanes;
+        const Lanes start = load_column<CODE>(entry, 0, begin + at, some);
+        for (int m = 0; m < policies; ++m) {
+            const Lanes stop = load_column<CODE>(entry, 1 + m, begin + at, some);
+            const Lanes delta = {stop.a - start.a, stop.b - start.b};
+            for (int q = 0; q < 4; ++q) {
+                const f64x4 value = quarter(delta, q);
+                std::memcpy(wide[m] + at + 4 * q, &value, sizeof(value));
+            }
         }
+    }
+}
+
+// sum of i and j += the products of policies a + i and b + j, for A policies and B; with a = b each
+// pair comes twice
+template <int A, int B>
+void add_products(const double (*wide)[kStaged], int a, int b, int64_t lanes, f64x4* sum,
+                  int stride) {
+    // as many sums as a fused multiply-add takes cycles, twice over: there are two units
+    constexpr int kSums = A * B == 4 ? 2 : 4;
+    f64x4 part[kSums][A * B] = {};
+    for (int64_t at = 0; at < lanes; at += 4 * kSums) {
+#pragma GCC unroll 4
+        for (int s = 0; s < kSums; ++s) {
+#pragma GCC unroll 2
+            for (int i = 0; i < A; ++i) {
+                const f64x4 left = quad_at(wide[a + i] + at + 4 * s);
+#pragma GCC unroll 2
+                for (int j = 0; j < B; ++j) {
+                    part[s][i * B + j] += left * quad_at(wide[b + j] + at + 4 * s);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < A * B; ++p) {
+        f64x4 all = part[0][p];
+#pragma GCC unroll 4
+        for (int s = 1; s < kSums; ++s) all += part[s][p];
+        sum[p / B * stride + p % B] += all;
+    }
+}
+
+// many policies: pairs of a few elements at a time, two policies by two
+template <int CODE>
+void grams_staged(const MergeEntry& entry, int64_t begin, int64_t end, int policies, double* row) {
+    alignas(64) double wide[kMostStaged][kStaged];
+    f64x4 sum[kMostStaged][kMostStaged] = {};
+    for (int64_t at = begin; at < end; at += kStaged) {
+        const int64_t left = end - at < kStaged ? end - at : kStaged;
+        stage<CODE>(entry, at, left, policies, wide);
+        const int64_t lanes = (left + kLanes - 1) / kLanes * kLanes;
+        for (int a = 0; a < policies; a += 2) {
+            for (int b = a; b < policies; b += 2) {
+                const auto add = a + 1 == policies   ? add_products<1, 1>
+                                 : b + 1 == policies ? add_products<2, 1>
+                                                     : add_products<2, 2>;
+                add(wide, a, b, lanes, &sum[a][b], kMostStaged);
+            }
+        }
+    }
+    for (int i = 0; i < policies; ++i) {
+        for (int j = i; j < policies; ++j) *row++ = total(sum[i][j]);
     }
 }
 
 template <int CODE>
 void grams(const MergeEntry& entry, int64_t begin, int64_t end, int policies, double* row) {
     switch (policies) {
+        case 1:
+            return pairs<CODE, 1>(entry, begin, end, row);
         case 2:
-            return group<CODE, 2, 0>(entry, begin, end, 0, 0, policies, row);
+            return pairs<CODE, 2>(entry, begin, end, row);
         case 3:
-            return group<CODE, 3, 0>(entry, begin, end, 0, 0, policies, row);
+            return pairs<CODE, 3>(entry, begin, end, row);
         case 4:
-            return group<CODE, 4, 0>(entry, begin, end, 0, 0, policies, row);
+            return pairs<CODE, 4>(entry, begin, end, row);
         case kMostFused:
-            return group<CODE, kMostFused, 0>(entry, begin, end, 0, 0, policies, row);
-    }
-    // a chunk of all of them stays in cache while its pairs are taken two by two
-    for (int a = 0; a < policies; a += 2) {
-        a + 1 < policies ? group<CODE, 2, 0>(entry, begin, end, a, a, policies, row)
-                         : group<CODE, 1, 0>(entry, begin, end, a, a, policies, row);
-        for (int b = a + 2; b < policies; b += 2) {
-            b + 1 < policies ? group<CODE, 2, 2>(entry, begin, end, a, b, policies, row)
-                             : group<CODE, 2, 1>(entry, begin, end, a, b, policies, row);
-        }
+            return pairs<CODE, kMostFused>(entry, begin, end, row);
+        default:
+            return grams_staged<CODE>(entry, begin, end, policies, row);
     }
 }
 
@@ -115,7 +169,7 @@ void grams_wide(const MergeEntry& entry, int64_t begin, int64_t end, int policie
             for (int64_t at = begin; at < end; ++at) {
                 sum += difference(entry, i, at) * difference(entry, j, at);
             }
-            row[triangle(i, j, policies)] = sum;
+            *row++ = sum;
         }
     }
 }
@@ -128,13 +182,15 @@ void gram(const MergeCall& call) {
     const int width = call.policies * (call.policies + 1) / 2;
     const auto body = [&](const MergeEntry& entry, int64_t begin, int64_t end, int64_t chunk) {
         double* row = call.partial + chunk * width;
-        switch (common_code(entry, 1 + call.policies)) {
+        const int code = common_code(entry, 1 + call.policies);
+        if (code == kWide || call.policies > kMostStaged) {
+            return grams_wide(entry, begin, end, call.policies, row);
+        }
+        switch (code) {
             case kBf16:
                 return grams<kBf16>(entry, begin, end, call.policies, row);
             case kFp32:
                 return grams<kFp32>(entry, begin, end, call.policies, row);
-            case kWide:
-                return grams_wide(entry, begin, end, call.policies, row);
             default:
                 return grams<kMixed>(entry, begin, end, call.policies, row);
         }

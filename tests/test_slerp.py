@@ -80,7 +80,7 @@ def distance(found: Weights, gold: Weights, init: Weights) -> float:
 
 @every_backend
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("runs", range(1, 11))
+@pytest.mark.parametrize("runs", [*range(1, 11), 16, 17])
 def test_equals_the_recursion_on_vectors(backend: str, granularity: str, runs: int) -> None:
     init, policies = family(runs)
     segments = GRANULARITIES[granularity]
