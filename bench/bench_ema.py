@@ -61,6 +61,7 @@ def _stochastic(params: Tensors, rate: float) -> Average:
 
 
 _BOTH = (torch.bfloat16, torch.float32)
+EMA_FLOPS = 3  # per element: a difference, a product, a sum
 OURS = [
     AveragePeer("warp_fast", torch.float32, _BOTH, _full),
     AveragePeer("warp_fast split", torch.float32, _BOTH, _split),
@@ -135,6 +136,7 @@ def provider(peer: AveragePeer, params: Tensors, shown: dict[str, str] | None = 
         bytes=elements * ema_bytes(peer.storage, dtype),
         shown=shown or {},
         ours=peer in OURS,
+        flops=elements * EMA_FLOPS,
     )
 
 

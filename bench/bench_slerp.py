@@ -45,6 +45,16 @@ def slerp_bytes(runs: int, itemsize: int, etas: int = 1) -> int:
     return gram_bytes(runs, itemsize) + (runs + 1 + etas) * itemsize
 
 
+def gram_flops(runs: int) -> int:
+    """Per element: the differences, then a product and a sum for every pair."""
+    return runs + runs * (runs + 1)
+
+
+def slerp_flops(runs: int, etas: int = 1) -> int:
+    """Per element of both passes: the differences again, and a product and a sum for each."""
+    return gram_flops(runs) + runs + 2 * runs * etas
+
+
 def family(shapes: Shapes, runs: int, dtype: torch.dtype, device: torch.device) -> Family:
     """Weights of sigma 0.02 and policies that lie 2 % away in independent directions."""
     init = [0.02 * torch.randn(shape) for shape in shapes]
@@ -110,6 +120,7 @@ def provider(
         elements * slerp_bytes(runs, dtype.itemsize),
         shown,
         ours=name.startswith(OURS),
+        flops=elements * slerp_flops(runs),
     )
 
 
@@ -130,6 +141,7 @@ def ours(weights: Family) -> dict[str, Provider]:
             elements=elements,
             bytes=elements * gram_bytes(len(policies), init[0].dtype.itemsize),
             ours=True,
+            flops=elements * gram_flops(len(policies)),
         ),
     ]
     return {each.name: each for each in found}

@@ -58,7 +58,7 @@ class Provider:
         prepare: called before every run, untimed.
         peak: bytes that one run takes at most, where this process is not the one to look at.
         returned: bytes of the results that every provider makes; the rest of the peak is its own.
-        flops: of the matrix products that nobody can do without.
+        flops: that nobody can do without; for the loss those of its matrix products.
     """
 
     name: str

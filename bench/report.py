@@ -143,23 +143,26 @@ def rows(group: Group) -> list[dict[str, str]]:
 
 
 def show(group: Group, console: Console) -> None:
-    """Print a group; refusals and absences reach over the columns of numbers."""
-    table = Table(title=group.title, title_justify="left", caption_justify="left")
+    """Print a group; refusals and absences come below the table."""
+    caption = ""
     if group.base:
-        table.caption = f"of stream: {group.stream}; times base: {group.base}"
+        caption = f"of stream: {group.stream}; times base: {group.base}"
     if group.matmul:
-        table.caption = (
-            f"{table.caption}; work: peak less what all return; of floor: {group.matmul}"
-        )
+        caption = f"{caption}; work: peak less what all return; of floor: {group.matmul}"
+    print_rows(group.title, caption, rows(group), console)
+
+
+def print_rows(title: str, caption: str, lines: Sequence[dict[str, str]], console: Console) -> None:
+    """Print the lines of one case, as `rows` gives them."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for column in lines[0]:
+        table.add_column(column, justify="left" if column == "provider" else "right")
     notes = []
-    for line in rows(group):
-        if not table.columns:
-            for column in line:
-                table.add_column(column, justify="left" if column == "provider" else "right")
+    for line in lines:
         if line.get("ms") and not line.get("ns/elem"):
             notes.append(f"  {line['provider']}: {line['ms']}")
-            continue
-        table.add_row(*line.values())
+        else:
+            table.add_row(*line.values())
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False)
@@ -177,9 +180,23 @@ def write(groups: Sequence[Group], stamp: dict[str, str], stem: str, directory: 
         writer.writeheader()
         writer.writerows(lines)
     seconds = {group.title: {r.provider.name: r.seconds for r in group.results} for group in groups}
-    content = {"environment": stamp, "rows": lines, "seconds": seconds}
+    points = [_point(group.title, r) for group in groups for r in group.results if r.seconds]
+    content = {"environment": stamp, "rows": lines, "points": points, "seconds": seconds}
     record.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return [table, record]
+
+
+def _point(case: str, result: Result) -> dict[str, object]:
+    """What a roofline needs to know of a provider that was timed."""
+    provider = result.provider
+    return {
+        "case": case,
+        "provider": provider.name,
+        "ours": provider.ours,
+        "flops": provider.flops,
+        "bytes": provider.bytes,
+        "seconds": result.quantile(0.5),
+    }
 
 
 def stem(op: str, device: torch.device, quick: bool) -> str:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import bench_ema, bench_loss, bench_merge, bench_slerp, peers, peers_loss
+from bench import bench_ema, bench_loss, bench_merge, bench_slerp, peers, peers_loss, roofline
 from bench.checkpoints import Model
 from bench.harness import Absent, Provider, Scale, gate, measure, parse, relative_error
 from bench.loss_accuracy import accuracy
 from bench.report import Group, environment, rows, show, stem, write
-from warp_fast import slerp
+from warp_fast import cli, slerp
 
 _TINY = Scale(rounds=2, probe_bytes=1 << 12, budget=1.0)
 _CPU = torch.device("cpu")
@@ -104,6 +104,36 @@ def test_refusals_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "wrong: wrong: error 1, allowed 0.001" in printed
     assert "peer: absent: pip install peer" in printed
     assert "probe: update" in printed
+
+
+def test_the_command_prints_and_draws_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["bench", "--device", "cpu", "--output", str(tmp_path)]
+    assert cli.main(asked) == 1
+    assert "name what to run" in capsys.readouterr().err
+    group = bench_slerp.compare(2, torch.float32, [(64, 48)], _CPU, _TINY)
+    write([group], environment(_CPU), stem("slerp", _CPU, quick=False), tmp_path)
+    assert cli.main(asked) == 0
+    printed = capsys.readouterr().out
+    assert group.title in printed and bench_slerp.IN_PLACE in printed
+    picture = (tmp_path / stem("roofline", _CPU, quick=False)).with_suffix(".png")
+    assert picture.read_bytes()[:4] == b"\x89PNG" and str(picture) in printed
+    assert cli.main(["bench", "emma"]) == 2
+    assert "'emma' is none of ema, slerp, merge, loss" in capsys.readouterr().err
+
+
+def test_the_roofline_reads_flops_bytes_and_seconds(tmp_path: Path) -> None:
+    points = [
+        {"provider": "probe: update", "ours": False, "flops": 0, "bytes": 10.0, "seconds": 2.0},
+        {"provider": "probe: matmul", "ours": False, "flops": 90.0, "bytes": 1.0, "seconds": 3.0},
+        {"provider": "warp_fast", "ours": True, "flops": 8.0, "bytes": 4.0, "seconds": 2.0},
+    ]
+    record = tmp_path / "loss-some-machine.json"
+    record.write_text(json.dumps({"environment": {"machine": "M"}, "points": points}))
+    found = roofline.read([record])
+    assert (found.machine, found.bandwidth, found.peak) == ("M", 5.0, 30.0)
+    assert [(p.op, p.intensity, p.rate) for p in found.points] == [("loss", 2.0, 4.0)]
 
 
 def test_quick_results_are_told_apart() -> None:

@@ -1,12 +1,14 @@
-"""The command line: warp-fast train | merge | eval | doctor."""
+"""The command line: warp-fast train | merge | eval | doctor | bench."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 _COMMANDS = {
@@ -14,6 +16,7 @@ _COMMANDS = {
     "merge": "merge checkpoints by SLERP of their task vectors",
     "eval": "evaluate policies and everything between them and SFT",
     "doctor": "say which backends and attention kernels work here, and why others do not",
+    "bench": "time the ops beside their peers, print the tables, draw the roofline",
 }
 _NEEDED = ("jsonargparse", "transformers", "safetensors", "rich", "matplotlib", "yaml")
 
@@ -36,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from warp_fast import doctor
 
         return doctor.main(rest)
+    if command == "bench":
+        return _bench(rest)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"{command} needs {', '.join(missing)}; pip install 'warp_fast[rl]'", 1)
@@ -53,6 +58,19 @@ def _usage() -> str:
             "'warp-fast COMMAND --help' lists the options of a command.",
         ]
     )
+
+
+def _bench(rest: list[str]) -> int:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "__main__.py").is_file():
+        return _fail(
+            "the benchmarks are in the repository; clone it and pip install -e .[bench]", 1
+        )
+    if importlib.util.find_spec("rich") is None:
+        return _fail("bench needs rich; pip install 'warp_fast[bench]'", 1)
+    sys.path.insert(0, str(root))
+    status: int = importlib.import_module("bench.__main__").main(rest)
+    return status
 
 
 def _run(command: str, rest: list[str]) -> int:

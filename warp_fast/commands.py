@@ -28,9 +28,10 @@ def train(**options: Any) -> None:
 
 
 def merge(
-    init: str,
-    policy: list[str],
     output: str,
+    init: str | None = None,
+    policy: list[str] = [],  # noqa: B006 - never changed; shown as the default in --help
+    mergekit: str | None = None,
     eta: list[float] = [1.0],  # noqa: B006 - never changed; shown as the default in --help
     method: Literal["slerp", "lerp"] = "slerp",
     granularity: Literal["tensor", "block", "model"] = "block",
@@ -41,9 +42,11 @@ def merge(
     """Merge policies that were trained from one initialisation.
 
     Args:
+        output: directory to write; with several eta, one directory per eta inside it.
         init: checkpoint directory that all policies started from.
         policy: checkpoint directories to merge, in order (it matters for three or more).
-        output: directory to write; with several eta, one directory per eta inside it.
+        mergekit: a mergekit YAML instead of init, policy, eta, method, granularity and dtype;
+            refused, with the reason, where it means what WARP does not.
         eta: LITI steps from init toward the merge.
         method: slerp of the task vectors, or their mean (lerp).
         granularity: what shares one angle.
@@ -53,17 +56,30 @@ def merge(
     """
     from warp_fast.merge import merge_checkpoints
 
-    merge_checkpoints(
-        init,
-        list(policy),
-        output,
-        method=method,
-        granularity=granularity,
-        eta=eta if len(eta) != 1 else eta[0],
-        dtype=dtype,
-        dry_run=dry_run,
-        backend=backend,
-    )
+    given: dict[str, Any] = {
+        "init": init,
+        "policies": list(policy),
+        "eta": eta if len(eta) != 1 else eta[0],
+        "method": method,
+        "granularity": granularity,
+        "dtype": dtype,
+    }
+    if mergekit is not None:
+        given = _from_mergekit(mergekit, given)
+    elif init is None or not policy:
+        raise ValueError("give --init and at least one --policy, or --mergekit FILE.yaml")
+    merge_checkpoints(**given, output=output, dry_run=dry_run, backend=backend)
+
+
+def _from_mergekit(file: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What the file says; nothing that it decides may be given beside it."""
+    from warp_fast.merge import read_mergekit
+
+    defaults: dict[str, Any] = {"init": None, "policies": [], "eta": 1.0, "method": "slerp"}
+    defaults |= {"granularity": "block", "dtype": None}
+    if both := [name for name, value in given.items() if value != defaults[name]]:
+        raise ValueError(f"--mergekit decides {', '.join(both)}; give one or the other")
+    return read_mergekit(file)
 
 
 def eval(

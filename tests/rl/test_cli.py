@@ -72,6 +72,34 @@ def test_merging_one_policy_twice_is_that_policy(tmp_path: Path, checkpoint: Pat
     assert all((ours[name] - theirs[name]).abs().max() < 1e-6 for name in theirs)
 
 
+def test_merge_reads_a_mergekit_file(tmp_path: Path, checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    other = models.save(tmp_path / "other", "gemma2", seed=1)
+    third = models.save(tmp_path / "third", "gemma2", seed=2)
+    listed = [{"model": str(path)} for path in (other, third)]
+    file = tmp_path / "merge.yaml"
+    settings = {"merge_method": "nuslerp", "base_model": str(checkpoint), "models": listed}
+    file.write_text(yaml.safe_dump(settings))
+    assert main(["merge", "--mergekit", str(file), "--output", str(tmp_path / "a")]) == 0
+    arguments = ["--init", str(checkpoint), "--policy", str(other), str(third)]
+    arguments += ["--granularity", "tensor", "--output", str(tmp_path / "b")]
+    assert main(["merge", *arguments]) == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert ours.keys() == theirs.keys()
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+
+
+def test_merge_refuses_what_a_mergekit_file_decides(failed: Failed, tmp_path: Path) -> None:
+    file = tmp_path / "merge.yaml"
+    file.write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]\n")
+    asked = ["merge", "--mergekit", file, "--output", tmp_path / "out"]
+    assert "--mergekit decides init, eta" in failed(*asked, "--init", "a", "--eta", "0.5")
+    assert "give --init and at least one --policy" in failed("merge", "--output", tmp_path / "out")
+    file.write_text("merge_method: ties\nmodels: [{model: a}, {model: b}]\n")
+    assert "merge_method must be linear or nuslerp; got 'ties'" in failed(*asked)
+
+
 def test_command_line_overrides_the_file(config_file: Path, tmp_path: Path) -> None:
     arguments = ["--beta", "0.25", "--sweep", "0", "1", "--steps=1"]
     assert main(["train", "--config", str(config_file), *arguments]) == 0
