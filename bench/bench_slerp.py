@@ -120,6 +120,7 @@ def provider(
         elements * slerp_bytes(runs, dtype.itemsize),
         shown,
         ours=name.startswith(OURS),
+        read_bytes=elements * gram_bytes(runs, dtype.itemsize),
         flops=elements * slerp_flops(runs),
     )
 
@@ -141,6 +142,7 @@ def ours(weights: Family) -> dict[str, Provider]:
             elements=elements,
             bytes=elements * gram_bytes(len(policies), init[0].dtype.itemsize),
             ours=True,
+            read_bytes=elements * gram_bytes(len(policies), init[0].dtype.itemsize),
             flops=elements * gram_flops(len(policies)),
         ),
     ]

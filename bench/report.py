@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import Absent, Options, Result
+from bench.harness import Absent, Options, Provider, Result
 from warp_fast import _backend
 
 _PACKAGES = (
@@ -127,11 +127,22 @@ def row(group: Group, result: Result) -> dict[str, str]:
     cells["peak MiB"] = f"{result.peak_bytes / 2**20:.0f}"
     if provider.returned:
         cells["work MiB"] = f"{(result.peak_bytes - provider.returned) / 2**20:.0f}"
-    matmul = group.find(group.matmul)
-    if provider.flops and matmul:
-        floor = provider.flops / matmul.provider.flops * matmul.quantile(0.5)
+    floor = floor_seconds(group, provider)
+    if floor:
         cells["of floor"] = f"{floor / median:.2f}"
     return cells
+
+
+def floor_seconds(group: Group, provider: Provider) -> float:
+    """What the probes would take for the same flops, or for the same passes; 0 where none say."""
+    matmul = group.find(group.matmul)
+    if provider.flops and matmul:
+        return provider.flops / matmul.provider.flops * matmul.quantile(0.5)
+    read, copy = group.find("probe: read"), group.find("probe: copy")
+    if provider.read_bytes and read and copy:
+        written = provider.bytes - provider.read_bytes
+        return provider.read_bytes / read.bandwidth + written / copy.bandwidth
+    return 0.0
 
 
 def rows(group: Group) -> list[dict[str, str]]:
@@ -149,6 +160,8 @@ def show(group: Group, console: Console) -> None:
         caption = f"of stream: {group.stream}; times base: {group.base}"
     if group.matmul:
         caption = f"{caption}; work: peak less what all return; of floor: {group.matmul}"
+    elif any(result.provider.read_bytes for result in group.results):
+        caption = f"{caption}; of floor: what reads at the read probe, the rest at the copy probe"
     print_rows(group.title, caption, rows(group), console)
 
 

@@ -15,7 +15,7 @@ from bench import bench_ema, bench_loss, bench_merge, bench_slerp, peers, peers_
 from bench.checkpoints import Model
 from bench.harness import Absent, Provider, Scale, gate, measure, parse, relative_error
 from bench.loss_accuracy import accuracy
-from bench.report import Group, environment, rows, show, stem, write
+from bench.report import Group, environment, floor_seconds, rows, show, stem, write
 from warp_fast import cli, slerp
 
 _TINY = Scale(rounds=2, probe_bytes=1 << 12, budget=1.0)
@@ -210,6 +210,18 @@ def test_loss_quick_path(no_packages: None, masked: float) -> None:
         if result.provider.returned:
             line = lines[result.provider.name]
             assert float(line["work MiB"]) <= float(line["peak MiB"]) and line["of floor"]
+
+
+def test_the_floor_of_two_passes_is_that_of_the_probes() -> None:
+    results = measure([_provider("passes", [])], _CPU, _TINY)
+    passes = results[-1].provider
+    passes.bytes, passes.read_bytes = 300, 100
+    group = Group("a case", results, [], "probe: update", "passes")
+    read, copy = group.find("probe: read"), group.find("probe: copy")
+    assert read and copy
+    expected = 100 / read.bandwidth + 200 / copy.bandwidth
+    assert floor_seconds(group, passes) == pytest.approx(expected)
+    assert rows(group)[-1]["of floor"]
 
 
 def test_the_floor_counts_the_rows_inside_the_mask() -> None:
