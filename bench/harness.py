@@ -57,7 +57,7 @@ class Provider:
         ours: whether it is of this package.
         prepare: called before every run, untimed.
         peak: bytes that one run takes at most, where this process is not the one to look at.
-        read_bytes: of `bytes`, those in a pass that only reads; gives the floor of a memory-bound op.
+        read_bytes: of `bytes`, those in a pass that only reads; for the floor of memory-bound ops.
         returned: bytes of the results that every provider makes; the rest of the peak is its own.
         flops: that nobody can do without; for the loss those of its matrix products.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +17,17 @@ _OURS, _PEERS = "tab:red", "tab:gray"
 
 @dataclass(frozen=True)
 class Point:
-    """One provider of one case: flops and bytes that the op cannot do without, and its seconds."""
+    """One provider of one case.
+
+    Attributes:
+        intensity: flops per byte, of those that the op cannot do without.
+        share: flops per second over what the roofs of the same run allow at that intensity.
+    """
 
     op: str
     ours: bool
-    flops: float
-    bytes: float
-    seconds: float
-
-    @property
-    def intensity(self) -> float:
-        """Flops per byte."""
-        return self.flops / self.bytes
-
-    @property
-    def rate(self) -> float:
-        """Flops per second."""
-        return self.flops / self.seconds
+    intensity: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Roofline:
     Attributes:
         machine: its name.
         bandwidth: bytes per second of the update stream; the median over all runs.
-        peak: flops per second of the fastest matrix product; 0 where none was measured.
+        peak: flops per second of the matrix product, the median; inf where none was measured.
         points: the providers that were timed.
     """
 
@@ -50,25 +46,40 @@ class Roofline:
     peak: float
     points: list[Point]
 
+    def roof(self, intensity: float) -> float:
+        """Flops per second that memory and products allow."""
+        return min(self.peak, intensity * self.bandwidth)
+
 
 def read(records: Sequence[Path]) -> Roofline:
     """From the JSON of benchmarks of one machine, named OP-MACHINE.json."""
-    streams: list[float] = []
-    peaks: list[float] = [0.0]
-    points: list[Point] = []
-    machine = ""
+    runs: list[Roofline] = []
     for record in records:
         content = json.loads(record.read_text(encoding="utf-8"))
-        machine = content["environment"]["machine"]
-        for row in content["points"]:
-            if row["provider"] == "probe: update":
-                streams.append(row["bytes"] / row["seconds"])
-            elif row["provider"] == "probe: matmul":
-                peaks.append(row["flops"] / row["seconds"])
-            elif row["flops"]:
-                work = row["flops"], row["bytes"], row["seconds"]
-                points.append(Point(record.name.partition("-")[0], row["ours"], *work))
-    return Roofline(machine, median(streams), max(peaks), points)
+        op, machine = record.name.partition("-")[0], content["environment"]["machine"]
+        for _, rows in itertools.groupby(content["points"], key=lambda row: row["case"]):
+            runs.append(_run(op, machine, list(rows)))
+    peaks = [run.peak for run in runs if run.peak < math.inf]
+    return Roofline(
+        runs[0].machine,
+        median(run.bandwidth for run in runs),
+        median(peaks) if peaks else math.inf,
+        [point for run in runs for point in run.points],
+    )
+
+
+def _run(op: str, machine: str, rows: list[dict[str, Any]]) -> Roofline:
+    """One case: its own roofs, as what else the machine did fell on its probes too."""
+    found = {row["provider"]: row for row in rows}
+    stream, product = found["probe: update"], found.get("probe: matmul")
+    peak = product["flops"] / product["seconds"] if product else math.inf
+    run = Roofline(machine, stream["bytes"] / stream["seconds"], peak, [])
+    for row in rows:
+        if row["flops"] and row is not product:
+            intensity = row["flops"] / row["bytes"]
+            share = row["flops"] / row["seconds"] / run.roof(intensity)
+            run.points.append(Point(op, row["ours"], intensity, share))
+    return run
 
 
 def draw(roofline: Roofline, output: Path) -> None:
@@ -79,7 +90,8 @@ def draw(roofline: Roofline, output: Path) -> None:
     figure = Figure(figsize=(9.0, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    axis.set(xscale="log", yscale="log")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
     _draw_roofs(axis, roofline)
     for op, marker in _MARKERS.items():
         for ours, color in ((False, _PEERS), (True, _OURS)):
@@ -87,31 +99,29 @@ def draw(roofline: Roofline, output: Path) -> None:
             if found:
                 axis.plot(
                     [p.intensity for p in found],
-                    [p.rate / 1e9 for p in found],
+                    [p.share * roofline.roof(p.intensity) / 1e9 for p in found],
                     marker,
                     color=color,
                     markersize=7 if ours else 5,
                     label=f"{op}, {'warp_fast' if ours else 'peers'}",
                 )
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("flops per byte that the op cannot do without")
-    axis.set_ylabel("GFLOP/s")
+    axis.set_ylabel("GFLOP/s, to scale with the roof of the same run")
     axis.set_title(roofline.machine)
     axis.grid(True, which="major", linewidth=0.4)
-    axis.legend(fontsize=8, loc="upper left")
+    axis.legend(fontsize=8, loc="lower right")
     figure.savefig(output, dpi=130)
 
 
 def _draw_roofs(axis: Any, roofline: Roofline) -> None:
     intensities = [p.intensity for p in roofline.points]
-    left, right = min(intensities) / 2, max(intensities) * 2
-    memory = f"update stream, {roofline.bandwidth / 1e9:.0f} GB/s"
-    if roofline.peak:
-        ridge = roofline.peak / roofline.bandwidth
-        right = max(right, 4 * ridge)
-        axis.plot([ridge, right], [roofline.peak / 1e9] * 2, color="black", linewidth=1)
-        text = f"matrix product, {roofline.peak / 1e9:.0f} GFLOP/s"
-        axis.annotate(text, (right, roofline.peak / 1e9), (0, 4), ha="right", fontsize=8,
-                      textcoords="offset points")  # fmt: skip
-    end = ridge if roofline.peak else right
-    heights = [x * roofline.bandwidth / 1e9 for x in (left, end)]
-    axis.plot([left, end], heights, color="black", linewidth=1, label=memory)
+    ends = [min(intensities) / 2, max(intensities) * 2]
+    name = f"update stream, {roofline.bandwidth / 1e9:.0f} GB/s"
+    if roofline.peak < math.inf:
+        ends = [*ends, roofline.peak / roofline.bandwidth]
+        name = f"{name}; matrix product, {roofline.peak / 1e9:.0f} GFLOP/s"
+    ends.sort()
+    heights = [roofline.roof(x) / 1e9 for x in ends]
+    axis.plot(ends, heights, color="black", linewidth=1, label=name)

@@ -123,17 +123,23 @@ def test_the_command_prints_and_draws_what_was_measured(
     assert "'emma' is none of ema, slerp, merge, loss" in capsys.readouterr().err
 
 
-def test_the_roofline_reads_flops_bytes_and_seconds(tmp_path: Path) -> None:
-    points = [
-        {"provider": "probe: update", "ours": False, "flops": 0, "bytes": 10.0, "seconds": 2.0},
-        {"provider": "probe: matmul", "ours": False, "flops": 90.0, "bytes": 1.0, "seconds": 3.0},
-        {"provider": "warp_fast", "ours": True, "flops": 8.0, "bytes": 4.0, "seconds": 2.0},
-    ]
+def test_a_point_of_the_roofline_is_held_to_the_roofs_of_its_own_run(tmp_path: Path) -> None:
+    def case(name: str, slower: float) -> list[dict[str, object]]:
+        work = {"probe: update": (0, 10.0), "probe: matmul": (90.0, 1.0), "warp_fast": (8.0, 4.0)}
+        common = {"case": name, "seconds": 2.0 * slower}
+        return [
+            {**common, "provider": n, "ours": n == "warp_fast", "flops": f, "bytes": b}
+            for n, (f, b) in work.items()
+        ]
+
     record = tmp_path / "loss-some-machine.json"
+    points = case("quiet", 1) + case("busy", 3)
     record.write_text(json.dumps({"environment": {"machine": "M"}, "points": points}))
     found = roofline.read([record])
-    assert (found.machine, found.bandwidth, found.peak) == ("M", 5.0, 30.0)
-    assert [(p.op, p.intensity, p.rate) for p in found.points] == [("loss", 2.0, 4.0)]
+    assert (found.machine, found.bandwidth, found.peak) == ("M", 10 / 3, 30.0)
+    assert [(p.op, p.ours, p.intensity) for p in found.points] == [("loss", True, 2.0)] * 2
+    # 4 flops per second where memory allows 2 flops per byte * 5 bytes per second
+    assert [p.share for p in found.points] == pytest.approx([0.4, 0.4])
 
 
 def test_quick_results_are_told_apart() -> None:
