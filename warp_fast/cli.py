@@ -18,7 +18,8 @@ _COMMANDS = {
     "doctor": "say which backends and attention kernels work here, and why others do not",
     "bench": "time the ops beside their peers, print the tables, draw the roofline",
 }
-_NEEDED = ("jsonargparse", "transformers", "safetensors", "rich", "matplotlib", "yaml")
+_NEEDED = ("jsonargparse", "rich", "matplotlib", "yaml")
+_NEEDED_BY_MODELS = ("transformers", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return doctor.main(rest)
     if command == "bench":
         return _bench(rest)
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    needed = _NEEDED if command == "merge" else (*_NEEDED, *_NEEDED_BY_MODELS)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"{command} needs {', '.join(missing)}; pip install 'warp_fast[rl]'", 1)
     return _run(command, rest)

@@ -52,7 +52,7 @@ def merge(
         granularity: what shares one angle.
         dtype: of the output; default that of init.
         dry_run: say what would be done and stop.
-        backend: auto, reference, cpp, triton or cuda.
+        backend: auto, reference or cpp.
     """
     from warp_fast.merge import merge_checkpoints
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,19 @@ def test_merging_one_policy_twice_is_that_policy(tmp_path: Path, checkpoint: Pat
     assert main(["merge", *arguments]) == 0
     ours, theirs = load_file(output / "model.safetensors"), load_file(other / "model.safetensors")
     assert all((ours[name] - theirs[name]).abs().max() < 1e-6 for name in theirs)
+
+
+def test_merge_does_without_transformers(
+    failed: Failed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find = importlib.util.find_spec
+
+    def without(name: str) -> object:
+        return None if name in ("transformers", "safetensors") else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    assert "needs transformers, safetensors" in failed("train")
+    assert "give --init" in failed("merge", "--output", tmp_path / "out")
 
 
 def test_merge_reads_a_mergekit_file(tmp_path: Path, checkpoint: Path) -> None:
