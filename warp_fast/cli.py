@@ -18,8 +18,15 @@ _COMMANDS = {
     "doctor": "say which backends and attention kernels work here, and why others do not",
     "bench": "time the ops beside their peers, print the tables, draw the roofline",
 }
-_NEEDED = ("jsonargparse", "rich", "matplotlib", "yaml")
-_NEEDED_BY_MODELS = ("transformers", "safetensors")
+_MERGE = ("jsonargparse", "rich", "matplotlib", "yaml")
+_MODELS = ("transformers", "safetensors", *_MERGE)
+# command -> the packages that it needs, and the extra that brings them
+_NEEDED = {
+    "train": (_MODELS, "rl"),
+    "merge": (_MERGE, "rl"),
+    "eval": (_MODELS, "rl"),
+    "bench": (("pytest", "rich", "matplotlib"), "bench"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,13 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from warp_fast import doctor
 
         return doctor.main(rest)
-    if command == "bench":
-        return _bench(rest)
-    needed = _NEEDED if command == "merge" else (*_NEEDED, *_NEEDED_BY_MODELS)
+    needed, extra = _NEEDED[command]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        return _fail(f"{command} needs {', '.join(missing)}; pip install 'warp_fast[rl]'", 1)
-    return _run(command, rest)
+        return _fail(f"{command} needs {', '.join(missing)}; pip install 'warp_fast[{extra}]'", 1)
+    return _bench(rest) if command == "bench" else _run(command, rest)
 
 
 def _usage() -> str:
@@ -68,8 +73,6 @@ def _bench(rest: list[str]) -> int:
         return _fail(
             "the benchmarks are in the repository; clone it and pip install -e .[bench]", 1
         )
-    if importlib.util.find_spec("rich") is None:
-        return _fail("bench needs rich; pip install 'warp_fast[bench]'", 1)
     sys.path.insert(0, str(root))
     status: int = importlib.import_module("bench.__main__").main(rest)
     return status

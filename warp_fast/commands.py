@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ def merge(
         dry_run: say what would be done and stop.
         backend: auto, reference or cpp.
     """
-    from warp_fast.merge import merge_checkpoints
+    from warp_fast.merge import merge_checkpoints, read_mergekit
 
     given: dict[str, Any] = {
         "init": init,
@@ -65,21 +66,20 @@ def merge(
         "dtype": dtype,
     }
     if mergekit is not None:
-        given = _from_mergekit(mergekit, given)
+        _check_default(
+            init=init, policy=policy, eta=eta, method=method, granularity=granularity, dtype=dtype
+        )
+        given = read_mergekit(mergekit)
     elif init is None or not policy:
         raise ValueError("give --init and at least one --policy, or --mergekit FILE.yaml")
     merge_checkpoints(**given, output=output, dry_run=dry_run, backend=backend)
 
 
-def _from_mergekit(file: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What the file says; nothing that it decides may be given beside it."""
-    from warp_fast.merge import read_mergekit
-
-    defaults: dict[str, Any] = {"init": None, "policies": [], "eta": 1.0, "method": "slerp"}
-    defaults |= {"granularity": "block", "dtype": None}
-    if both := [name for name, value in given.items() if value != defaults[name]]:
+def _check_default(**options: Any) -> None:
+    """What a mergekit file decides may not be given beside it."""
+    defaults = inspect.signature(merge).parameters
+    if both := [name for name, value in options.items() if value != defaults[name].default]:
         raise ValueError(f"--mergekit decides {', '.join(both)}; give one or the other")
-    return read_mergekit(file)
 
 
 def eval(
