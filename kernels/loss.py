@@ -100,6 +100,10 @@ class Found(NamedTuple):
         stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
         return Found(*stats, like.new_empty((count, STATE.value), dtype=torch.float64))
 
+    def at(self, part: slice) -> Found:
+        """Those of some of the rows, in place."""
+        return Found(*[values[part] for values in self])
+
 
 def row_statistics(rows: Rows, out: Found, entropy: bool) -> None:
     """Write the statistics and the state of each kept row, 0 for the others."""

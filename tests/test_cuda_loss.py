@@ -12,7 +12,7 @@ from torch import Tensor
 import warp_fast
 from tests.loss_rows import DEVICE, INF, NO_ANCHOR, PLAIN, Head, Leaves, kernels, problem, some_mask
 from tests.loss_rows import check as check_kernels
-from warp_fast import _ops
+from warp_fast import _loss_ops
 from warp_fast._backend import MISSING, unavailable
 from warp_fast.native import loss_cuda as native
 
@@ -251,7 +251,7 @@ def test_public_loss(kl: Any) -> None:
 def test_op_is_traced() -> None:
     (logits,), (anchor,), ids = problem("logits", 2, 7)
     leaf, mask = logits.requires_grad_(), torch.ones(2, dtype=torch.bool, device=DEVICE)
-    op = _ops.TOKEN_STATS["cuda"]
+    op = _loss_ops.TOKEN_STATS["cuda"]
     torch.library.opcheck(op, (leaf, ids, mask, anchor, 0.7, 3.0, "reverse", True))
 
     def logprobs(x: Tensor) -> Any:

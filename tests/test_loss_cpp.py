@@ -13,6 +13,7 @@ import warp_fast
 from tests.tolerances import assert_close, largest
 from warp_fast._backend import MISSING
 from warp_fast.native import _tiles
+from warp_fast.native import linear_loss as linear
 from warp_fast.native import loss as native
 
 pytestmark = pytest.mark.skipif(MISSING["cpp"] is not None, reason=str(MISSING["cpp"]))
@@ -186,10 +187,10 @@ def test_gradient_without_the_state_makes_it(exact_kl: str) -> None:
     given = native.token_stats_backward_cpp(*arguments, state)
     assert torch.equal(native.token_stats_backward_cpp(*arguments), given)
     options = (ids, hidden * 0.9, weight, *head)
-    state = native.linear_token_stats_cpp(
+    state = linear.linear_token_stats_cpp(
         hidden, weight, ids, mask, hidden * 0.9, weight, *head, True
     )[-1]
-    linear = (upstream, hidden, weight, *options, True, True)
-    expected = native.linear_token_stats_backward_cpp(*linear, state)
-    for part, whole in zip(native.linear_token_stats_backward_cpp(*linear), expected, strict=True):
+    backward: Any = linear.linear_token_stats_backward_cpp
+    every = (upstream, hidden, weight, *options, True, True)
+    for part, whole in zip(backward(*every), backward(*every, state), strict=True):
         assert torch.equal(part, whole)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import warp_fast
-from warp_fast import _ops
+from warp_fast import _loss_ops
 from warp_fast._backend import MISSING, SERVED
 from warp_fast.reference import loss as reference
 
@@ -109,7 +109,7 @@ def op_arguments(form: str, exact_kl: str) -> tuple[Any, ...]:
 @both
 @pytest.mark.parametrize("exact_kl", ["", "reverse", "forward"])
 def test_opcheck(exact_kl: str, form: str, backend: str) -> None:
-    ops = _ops.TOKEN_STATS if form == "logits" else _ops.LINEAR_TOKEN_STATS
+    ops = _loss_ops.TOKEN_STATS if form == "logits" else _loss_ops.LINEAR_TOKEN_STATS
     torch.library.opcheck(ops[backend], op_arguments(form, exact_kl))
 
 
@@ -236,8 +236,8 @@ def test_float64_beside_fp32_logits_leaves_fp32(kl: Any, backend: str, ids: Tens
 
 
 # torch leaves the methods of this class untyped
-class BackwardSizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records how many numbers each linear backward op returns, for hidden and for weight."""
+class GradientSizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records how many numbers each linear op returns as gradients, of hidden and of weight."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -245,21 +245,36 @@ class BackwardSizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if "linear_token_stats_backward" in str(func):
-            self.seen.append((found[0].numel(), found[1].numel()))
+        if "linear_loss" in str(func) or "linear_token_stats_backward" in str(func):
+            self.seen.append((found[-2].numel(), found[-1].numel()))
         return found
 
 
 @served
-@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 def test_gradient_of_a_frozen_input_is_not_computed(frozen: str, backend: str, ids: Tensor) -> None:
-    (hidden, weight), anchor = inputs("linear")
-    (hidden if frozen == "hidden" else weight).requires_grad_(False)
-    loss = loss_of("linear")(hidden, weight, ids, normal(B), **anchor, backend=backend).loss
-    with BackwardSizes() as sizes:
-        torch.autograd.backward(loss)
-    assert sizes.seen == [(0, V * D) if frozen == "hidden" else (B * T * D, 0)]
-    assert (hidden.grad is None, weight.grad is None) == (frozen == "hidden", frozen == "weight")
+    leaves, anchor = inputs("linear")
+    sizes = [
+        0 if frozen in (name, "both") else leaf.numel()
+        for name, leaf in zip(("hidden", "weight"), leaves, strict=True)
+    ]
+    for leaf, size in zip(leaves, sizes, strict=True):
+        leaf.requires_grad_(size > 0)
+    with GradientSizes() as counted:
+        loss = loss_of("linear")(*leaves, ids, normal(B), **anchor, backend=backend).loss
+        if frozen != "both":
+            loss.backward(retain_graph=True)
+            loss.backward()
+    assert counted.seen == [tuple(sizes)] * (1 if frozen == "both" else 2)
+    assert [leaf.grad is None for leaf in leaves] == [size == 0 for size in sizes]
+
+
+@served
+def test_no_gradient_is_computed_without_grad_mode(backend: str, ids: Tensor) -> None:
+    leaves, anchor = inputs("linear")
+    with torch.no_grad(), GradientSizes() as counted:
+        loss_of("linear")(*leaves, ids, normal(B), **anchor, backend=backend)
+    assert counted.seen == [(0, 0)]
 
 
 @served

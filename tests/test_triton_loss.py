@@ -236,7 +236,7 @@ def test_state_that_is_not_given_is_found_again(form: str) -> None:
 
 PUBLIC = """
 import sys, warnings, torch, warp_fast
-from warp_fast import _ops
+from warp_fast import _loss_ops
 warnings.simplefilter("ignore")
 device = sys.argv[1]
 torch.manual_seed(0)
@@ -269,10 +269,10 @@ for kl in ("reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"):
 flat = torch.randn(2, V, device=device, requires_grad=True)
 rest = (ids[0, :2], mask[0, :2] != 0)
 arguments = (flat, *rest, flat.detach() * 0.9, 0.7, 3.0, "reverse", True)
-torch.library.opcheck(_ops.TOKEN_STATS["triton"], arguments)
+torch.library.opcheck(_loss_ops.TOKEN_STATS["triton"], arguments)
 hidden, weight = flat[:, :D].detach().requires_grad_(), leaves["linear_warp_loss"][1]
 arguments = (hidden, weight, *rest, hidden.detach(), weight, 0.7, None, "forward", False)
-torch.library.opcheck(_ops.LINEAR_TOKEN_STATS["triton"], arguments)
+torch.library.opcheck(_loss_ops.LINEAR_TOKEN_STATS["triton"], arguments)
 logprobs = lambda x: warp_fast.token_logprobs(x, ids[0, :2], backend="triton")
 torch.testing.assert_close(
     torch.compile(logprobs, fullgraph=True, backend="aot_eager")(flat), logprobs(flat)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +31,16 @@ class Terms:
     clip_range: tuple[float, float] | None
     beta: float
     kl: str
-    normalizer: str | float | Tensor
+
+    def at(self, part: slice | Tensor) -> Terms:
+        """Those of some of the rows."""
+        anchor, old = self.anchor_logprobs, self.old_logprobs
+        return replace(
+            self,
+            advantages=self.advantages[part],
+            anchor_logprobs=None if anchor is None else anchor[part],
+            old_logprobs=None if old is None else old[part],
+        )
 
 
 def head(temperature: float, softcap: float | None) -> None:
@@ -176,7 +185,6 @@ def terms(
     beta: float,
     kl: str,
     clip_range: float | tuple[float, float] | None,
-    normalizer: str | float | Tensor,
 ) -> Terms:
     """Check what the objective is made of, and lay it out per token."""
     _check_kl(kl, beta, has_anchor, anchor_logprobs)
@@ -189,7 +197,6 @@ def terms(
         _clip_bounds(clip_range),
         beta,
         kl,
-        _checked_normalizer(normalizer),
     )
 
 
@@ -267,17 +274,15 @@ def _clip_bounds(clip_range: float | tuple[float, float] | None) -> tuple[float,
     return float(pair[0]), float(pair[1])
 
 
-def _checked_normalizer(normalizer: str | float | Tensor) -> str | float | Tensor:
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(f"a tensor normalizer must be 0-dim; got {tuple(normalizer.shape)}")
-        return normalizer.detach()
-    if isinstance(normalizer, str):
-        if normalizer not in ("sequence", "token"):
+def normalizer(given: str | float | Tensor) -> None:
+    """Z is a known name, a positive number, or a 0-dim tensor."""
+    if isinstance(given, Tensor):
+        if given.dim() != 0:
+            raise ValueError(f"a tensor normalizer must be 0-dim; got {tuple(given.shape)}")
+    elif isinstance(given, str):
+        if given not in ("sequence", "token"):
             raise ValueError(
-                f"normalizer must be 'sequence', 'token' or a positive number; got {normalizer!r}"
+                f"normalizer must be 'sequence', 'token' or a positive number; got {given!r}"
             )
-        return normalizer
-    if not 0 < normalizer < math.inf:
-        raise ValueError(f"normalizer must be positive and finite; got {normalizer}")
-    return float(normalizer)
+    elif not 0 < given < math.inf:
+        raise ValueError(f"normalizer must be positive and finite; got {given}")

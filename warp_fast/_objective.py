@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from warp_fast import _loss_checks as checks
-from warp_fast import _ops
 from warp_fast.reference.loss import Stats
 
 if TYPE_CHECKING:
     from warp_fast._loss_checks import Terms
+
+# the coefficient of a token depends on the other tokens of its sequence
+COUPLED = ("reward", "reward_to_go")
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,16 @@ class Rows:
         token_ids: [N] int64, 0 where masked.
         mask: [N] bool.
         sequence: [N] int64, the sequence of each token.
-        ends: [B] int64, one past the last token of each sequence.
+        count: B.
+        longest: no sequence has more tokens; T or N.
     """
 
     shape: torch.Size
     token_ids: Tensor
     mask: Tensor
     sequence: Tensor
-    ends: Tensor
+    count: int
+    longest: int
 
     @staticmethod
     def of(
@@ -48,23 +52,21 @@ class Rows:
         checks.layout(shape, mask, cu_seqlens, device, name)
         index = torch.arange(token_ids.numel(), device=device)
         if cu_seqlens is None:
-            length = max(1, shape[1])
-            sequence = index // length
-            ends = (torch.arange(shape[0], device=device) + 1) * shape[1]
+            sequence, count = index // max(1, shape[1]), shape[0]
         else:
             ends = cu_seqlens[1:].long()
-            sequence = torch.searchsorted(ends, index, right=True)
+            sequence, count = torch.searchsorted(ends, index, right=True), len(ends)
         if mask is None:
             kept = torch.ones_like(index, dtype=torch.bool)
         else:
             kept = mask.reshape(-1) != 0
         ids = torch.where(kept, token_ids.reshape(-1).long(), 0)
-        return Rows(shape, ids, kept, sequence, ends)
+        return Rows(shape, ids, kept, sequence, count, shape[-1])
 
-    @property
-    def count(self) -> int:
-        """B."""
-        return self.ends.shape[0]
+    def at(self, part: slice | Tensor) -> Rows:
+        """Some of the rows, in their order."""
+        ids, mask, sequence = self.token_ids[part], self.mask[part], self.sequence[part]
+        return replace(self, shape=ids.shape, token_ids=ids, mask=mask, sequence=sequence)
 
     def total(self, values: Tensor) -> Tensor:
         """[N]: the sum over the sequence of each token."""
@@ -73,53 +75,99 @@ class Rows:
 
     def to_go(self, values: Tensor) -> Tensor:
         """[N]: the sum from each token to the end of its sequence."""
-        found: Tensor = _ops.SUMS_TO_GO(values, self.sequence, self.shape[-1])
+        found: Tensor = torch.ops.warp_fast.sums_to_go(values, self.sequence, self.longest)
         return found
 
 
-def objective(rows: Rows, stats: Stats, terms: Terms) -> tuple[Tensor, Tensor]:
-    """(loss, kl per token) of `warp_fast.warp_loss`; kl is 0 where masked."""
+def objective(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
+    """Z times the loss of `warp_fast.warp_loss`."""
+    logp = stats.logprobs
+    difference = (logp - stats.anchor_logprobs).detach()
+    total = -_gain(logp, _coefficients(rows, difference, terms), terms)
+    if terms.kl not in COUPLED:
+        total = total + terms.beta * divergence(stats, terms.kl)
+    return torch.where(rows.mask, total, 0).sum()
+
+
+def slopes(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
+    """[N, 3]: the derivatives of `objective` in logprobs, entropy and kl, 0 where masked."""
     logp = stats.logprobs
     difference = logp - stats.anchor_logprobs
-    weights = terms.advantages.to(logp.dtype)
-    penalty = torch.zeros_like(logp)
-    if terms.kl == "reward":
-        kl = difference
-        weights = weights - terms.beta * rows.total(difference.detach())
-    elif terms.kl == "reward_to_go":
-        kl = difference
-        weights = weights - terms.beta * rows.to_go(difference.detach())
-    elif terms.kl == "k2":
-        kl = penalty = difference.square() / 2
+    of_logp = -_gain_slope(logp, _coefficients(rows, difference, terms), terms)
+    if terms.kl == "k2":
+        of_logp = of_logp + terms.beta * difference
     elif terms.kl == "k3":
-        kl = penalty = torch.expm1(-difference) + difference
-    elif terms.kl in checks.EXACT:
-        kl = penalty = stats.kl
-    else:
-        kl = penalty
-    weights = torch.where(rows.mask, weights, 0)
-    per_token = terms.beta * penalty - _gain(logp, weights, terms)
-    total = torch.where(rows.mask, per_token, 0).sum()
-    return total / _normalizer(rows, terms, total.dtype), kl
+        of_logp = of_logp - terms.beta * torch.expm1(-difference)
+    of_kl = torch.full_like(logp, terms.beta if terms.kl in checks.EXACT else 0.0)
+    found = torch.stack([of_logp, torch.zeros_like(logp), of_kl], dim=1)
+    return torch.where(rows.mask[:, None], found, 0)
 
 
-def _gain(logp: Tensor, weights: Tensor, terms: Terms) -> Tensor:
-    """What the policy gradient ascends: c log pi, or the (clipped) importance ratio times c."""
-    if terms.old_logprobs is None:
-        return weights * logp
+def exact_kl_of(terms: Terms) -> str:
+    """The KL over the vocabulary that the statistics must hold, or ""."""
+    return terms.kl if terms.kl in checks.EXACT else ""
+
+
+def with_given_anchor(stats: Stats, terms: Terms) -> Stats:
+    """The statistics with the log-probs of the anchor that the caller gave, if any."""
+    if terms.anchor_logprobs is None:
+        return stats
+    return stats._replace(anchor_logprobs=terms.anchor_logprobs.to(stats.logprobs.dtype))
+
+
+def divergence(stats: Stats, kl: str) -> Tensor:
+    """The estimate of the KL per token that `kl` names."""
+    if kl in checks.EXACT:
+        return stats.kl
+    difference = stats.logprobs - stats.anchor_logprobs
+    if kl == "k2":
+        return difference.square() / 2
+    if kl == "k3":
+        return torch.expm1(-difference) + difference
+    return difference if kl in COUPLED else torch.zeros_like(difference)
+
+
+def normalizer_of(rows: Rows, given: str | float | Tensor, dtype: torch.dtype) -> Tensor | float:
+    """Z. Numbers stay numbers: a trace would be tied to the value of one that is made a tensor."""
+    if isinstance(given, Tensor):
+        return given.detach().to(dtype)
+    if given == "token":
+        return rows.mask.sum().clamp(min=1).to(dtype)
+    if given == "sequence":
+        return max(1, rows.count)
+    return float(given)
+
+
+def _coefficients(rows: Rows, difference: Tensor, terms: Terms) -> Tensor:
+    """[N]: c, the advantage with the KL of the reward in it."""
+    found = terms.advantages.to(difference.dtype)
+    if terms.kl == "reward":
+        found = found - terms.beta * rows.total(difference)
+    elif terms.kl == "reward_to_go":
+        found = found - terms.beta * rows.to_go(difference)
+    return torch.where(rows.mask, found, 0)
+
+
+def _ratio(logp: Tensor, coefficients: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """r c and the clipped r c."""
+    assert terms.old_logprobs is not None
     ratio = torch.exp(logp - terms.old_logprobs.to(logp.dtype))
     if terms.clip_range is None:
-        return ratio * weights
+        return ratio * coefficients, ratio * coefficients
     low, high = terms.clip_range
-    return torch.minimum(ratio * weights, ratio.clamp(1 - low, 1 + high) * weights)
+    return ratio * coefficients, ratio.clamp(1 - low, 1 + high) * coefficients
 
 
-def _normalizer(rows: Rows, terms: Terms, dtype: torch.dtype) -> Tensor | float:
-    """Numbers stay numbers: a trace would be tied to the value of one that is made a tensor."""
-    if isinstance(terms.normalizer, Tensor):
-        return terms.normalizer.to(dtype)
-    if terms.normalizer == "token":
-        return rows.mask.sum().clamp(min=1).to(dtype)
-    if terms.normalizer == "sequence":
-        return max(1, rows.count)
-    return float(terms.normalizer)
+def _gain(logp: Tensor, coefficients: Tensor, terms: Terms) -> Tensor:
+    """What the policy gradient ascends: c log pi, or the (clipped) importance ratio times c."""
+    if terms.old_logprobs is None:
+        return coefficients * logp
+    return torch.minimum(*_ratio(logp, coefficients, terms))
+
+
+def _gain_slope(logp: Tensor, coefficients: Tensor, terms: Terms) -> Tensor:
+    """The derivative of `_gain` in log pi: 0 where the ratio is clipped."""
+    if terms.old_logprobs is None:
+        return coefficients
+    free, clipped = _ratio(logp, coefficients, terms)
+    return torch.where(free > clipped, 0, free)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from warp_fast import _loss_checks as checks
-from warp_fast import _ops
+from warp_fast import _loss_ops
 from warp_fast._backend import resolve
-from warp_fast._objective import Rows, objective
+from warp_fast._objective import Rows, divergence, normalizer_of, objective, with_given_anchor
 from warp_fast.reference.loss import Stats
 
 Kl: TypeAlias = Literal["reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"]
@@ -69,7 +69,7 @@ def token_logprobs(
     checks.head(temperature, softcap)
     checks.rows(logits, "logits")
     checks.token_ids(token_ids, logits.shape[:-1], logits.device, "logits")
-    op = _ops.TOKEN_STATS[resolve("loss", backend, logits.device)]
+    op = _loss_ops.TOKEN_STATS[resolve("loss", backend, logits.device)]
     rows, ids = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1).long()
     everything = torch.ones_like(ids, dtype=torch.bool)
     stats = op(rows, ids, everything, None, temperature, softcap, "", return_entropy)
@@ -105,7 +105,7 @@ def linear_token_logprobs(
     checks.head(temperature, softcap)
     checks.linear(hidden, weight, "hidden", "weight")
     checks.token_ids(token_ids, hidden.shape[:-1], hidden.device, "hidden")
-    op = _ops.LINEAR_TOKEN_STATS[resolve("linear_loss", backend, hidden.device)]
+    op = _loss_ops.LINEAR_TOKEN_STATS[resolve("linear_loss", backend, hidden.device)]
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).long()
     kept = torch.ones_like(ids, dtype=torch.bool)
     stats = op(rows, weight, ids, kept, None, None, temperature, softcap, "", return_entropy)
@@ -190,9 +190,10 @@ def warp_loss(
     checks.same_shape(anchor_logits, "anchor_logits", logits, "logits")
     terms = checks.terms(
         rows, advantages, anchor_logits is not None, anchor_logprobs, old_logprobs, beta, kl,
-        clip_range, normalizer,
+        clip_range,
     )  # fmt: skip
-    op = _ops.TOKEN_STATS[resolve("loss", backend, logits.device)]
+    checks.normalizer(normalizer)
+    op = _loss_ops.TOKEN_STATS[resolve("loss", backend, logits.device)]
     anchor = None if anchor_logits is None else anchor_logits.detach().flatten(0, -2)
     stats = op(
         logits.reshape(-1, logits.shape[-1]),
@@ -204,7 +205,8 @@ def warp_loss(
         kl if kl in checks.EXACT else "",
         return_entropy,
     )
-    return _finished(rows, Stats(*stats[:4]), terms, return_entropy)
+    found = with_given_anchor(Stats(*stats[:4]), terms)
+    return _finished(rows, objective(rows, found, terms), found, terms, normalizer, return_entropy)
 
 
 def linear_warp_loss(
@@ -258,33 +260,47 @@ def linear_warp_loss(
         raise ValueError("anchor_weight must come with anchor_hidden; it came alone")
     terms = checks.terms(
         rows, advantages, anchor_hidden is not None, anchor_logprobs, old_logprobs, beta, kl,
-        clip_range, normalizer,
+        clip_range,
     )  # fmt: skip
-    op = _ops.LINEAR_TOKEN_STATS[resolve("linear_loss", backend, hidden.device)]
-    stats = op(
+    checks.normalizer(normalizer)
+    op = _loss_ops.LINEAR_LOSS[resolve("linear_loss", backend, hidden.device)]
+    total, *stats = op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
-        rows.token_ids,
-        rows.mask,
         None if anchor_hidden is None else anchor_hidden.detach().flatten(0, -2),
         None if anchor_weight is None else anchor_weight.detach(),
         temperature,
         softcap,
-        kl if kl in checks.EXACT else "",
+        rows.token_ids,
+        rows.mask,
+        rows.sequence,
+        rows.count,
+        rows.longest,
+        terms.advantages,
+        terms.anchor_logprobs,
+        terms.old_logprobs,
+        terms.clip_range,
+        beta,
+        kl,
         return_entropy,
+        *[torch.is_grad_enabled() and part.requires_grad for part in (hidden, weight)],
     )
-    return _finished(rows, Stats(*stats[:4]), terms, return_entropy)
+    return _finished(rows, total, Stats(*stats[:4]), terms, normalizer, return_entropy)
 
 
-def _finished(rows: Rows, stats: Stats, terms: checks.Terms, return_entropy: bool) -> WarpLoss:
-    """The loss from the statistics, and everything in the caller's shape."""
-    if terms.anchor_logprobs is not None:
-        stats = stats._replace(anchor_logprobs=terms.anchor_logprobs.to(stats.logprobs.dtype))
-    loss, kl = objective(rows, stats, terms)
+def _finished(
+    rows: Rows,
+    total: Tensor,
+    stats: Stats,
+    terms: checks.Terms,
+    given: Normalizer,
+    return_entropy: bool,
+) -> WarpLoss:
+    """Everything in the caller's shape."""
     return WarpLoss(
-        loss,
+        total / normalizer_of(rows, given, total.dtype),
         stats.logprobs.view(rows.shape),
         stats.anchor_logprobs.view(rows.shape),
-        kl.view(rows.shape),
+        divergence(stats, terms.kl).view(rows.shape),
         stats.entropy.view(rows.shape) if return_entropy else None,
     )

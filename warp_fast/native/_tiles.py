@@ -10,27 +10,38 @@ from torch import Tensor
 _COLUMNS = 2048  # of a tile
 _TILE = 1 << 22  # logits of a tile: 16 MiB
 
+Tile = tuple[slice, int, Tensor]  # rows, first column, logits
+
 
 class Product:
-    """states [n, D] @ weight [V, D].T in fp32, a tile at a time in one buffer."""
+    """states [n, D] @ weight [V, D].T in fp32, a tile at a time in one buffer.
 
-    def __init__(self, states: Tensor, weight: Tensor, buffer: Tensor | None = None) -> None:
-        self.states, self.weight = states.float(), weight
+    The vocabulary is the outer loop. With keep a tile has all rows and a place of its own, so that
+    the tiles can be had again.
+    """
+
+    def __init__(
+        self, states: Tensor, weight: Tensor, buffer: Tensor | None = None, keep: bool = False
+    ) -> None:
+        self.states, self.weight, self.keep = states.float(), weight, keep
         self.columns = min(_COLUMNS, len(weight))
-        self.rows = min(max(1, _TILE // self.columns), len(states))
-        size = self.rows * self.columns
+        self.rows = len(states) if keep else min(max(1, _TILE // self.columns), len(states))
+        size = self.rows * (len(weight) if keep else self.columns)
         self.buffer = torch.empty(size) if buffer is None else buffer
         self.head = weight[:0]
 
-    def tiles(self) -> Iterator[tuple[slice, int, Tensor]]:
-        """(rows, first column, logits); `head` is the weight of those columns in fp32."""
+    def tiles(self, again: bool = False) -> Iterator[Tile]:
+        """The product, or what is kept of it; `head` is the weight of those columns in fp32."""
         for first in range(0, len(self.weight) if self.rows else 0, self.columns):
             self.head = self.weight[first : first + self.columns].float()
+            place = self.rows * first if self.keep else 0
             for start in range(0, len(self.states), self.rows):
                 piece = slice(start, min(start + self.rows, len(self.states)))
                 shape = piece.stop - start, len(self.head)
-                logits = self.buffer[: shape[0] * shape[1]].view(shape)
-                yield piece, first, torch.mm(self.states[piece], self.head.T, out=logits)
+                logits = self.buffer[place : place + shape[0] * shape[1]].view(shape)
+                if not again:
+                    torch.mm(self.states[piece], self.head.T, out=logits)
+                yield piece, first, logits
 
 
 class Gradients:
@@ -54,9 +65,6 @@ class Gradients:
             return
         target = self.weight[first : first + len(head)]
         total = target if self.scratch is None else self.scratch[: len(head)]
-        if piece.start == 0:
-            torch.mm(dlogits.T, states, out=total)
-        else:
-            total.addmm_(dlogits.T, states)
+        total.addmm_(dlogits.T, states, beta=int(piece.start > 0))
         if total is not target and piece.stop == len(self.product.states):
             target.copy_(total)

@@ -1,15 +1,11 @@
 """The statistics of the loss and their gradient by warp_fast._C, on CPU.
 
-Logits are taken as they are. Hidden states meet the head a tile at a time, some thousand rows by
-some thousand tokens of the vocabulary: torch multiplies in fp32, the kernel works on the tile while
-it is in cache. The vocabulary is the outer loop, so a 16-bit weight is widened a tile at a time and
-each row of its gradient is written once. What the forward pass knows of a row goes to the backward
-pass as eight fp64 numbers (`LossState` in csrc/cpu.h). fp64 inputs are served by the reference.
+Logits are taken as they are. What the forward pass knows of a row goes to the backward pass as
+eight fp64 numbers (`LossState` in csrc/cpu.h). fp64 inputs are served by the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +13,6 @@ from torch import Tensor
 
 from warp_fast.kernels._table import CODE
 from warp_fast.native._addresses import extension
-from warp_fast.native._tiles import Gradients, Product
 from warp_fast.reference import loss as reference
 
 STATE = 8
@@ -46,11 +41,11 @@ def token_stats_cpp(
         return *wide, wide[0].new_zeros(len(token_ids), STATE)
     rows = mask.nonzero()[:, 0]
     reference._check_ids(token_ids, rows, logits.shape[1])
-    head = _Head(temperature, softcap, exact_kl)
-    state = _new_state(rows)
+    head = Head(temperature, softcap, exact_kl)
+    state = new_state(rows)
     anchor = None if anchor_logits is None else _with_unit_stride(anchor_logits)
     head.stats(_with_unit_stride(logits), anchor, token_ids[rows], state, entropy, index=rows)
-    return _by_row(state, rows, len(token_ids), anchor is not None, exact_kl, entropy)
+    return by_row(state, rows, len(token_ids), anchor is not None, exact_kl, entropy)
 
 
 def token_stats_backward_cpp(
@@ -80,112 +75,19 @@ def token_stats_backward_cpp(
     anchor = None
     if anchor_logits is not None and exact_kl:
         anchor = _with_unit_stride(anchor_logits)
-    _Head(temperature, softcap, exact_kl).gradient(
+    Head(temperature, softcap, exact_kl).gradient(
         _with_unit_stride(logits),
         anchor,
         token_ids[rows],
-        _coefficients(state[rows], upstream[rows], exact_kl, temperature),
+        coefficients_of(state[rows], upstream[rows], exact_kl, temperature),
         written,
         index=rows,
     )
     return dlogits if written is dlogits else dlogits.copy_(written)
 
 
-def linear_token_stats_cpp(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    mask: Tensor,
-    anchor_hidden: Tensor | None,
-    anchor_weight: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    exact_kl: str,
-    entropy: bool,
-) -> tuple[Tensor, ...]:
-    """Statistics of hidden @ weight.T, and the [N, 8] state; see `linear_token_stats_reference`.
-
-    Traffic: reads both weights once, whatever N is.
-    """
-    tensors = (hidden, weight, anchor_hidden, anchor_weight)
-    if reference.compute_dtype(*tensors) == torch.float64:
-        wide = reference.linear_token_stats_reference(
-            hidden, weight, token_ids, mask, *tensors[2:], temperature, softcap, exact_kl, entropy
-        )
-        return *wide, wide[0].new_zeros(len(token_ids), STATE)
-    rows = mask.nonzero()[:, 0]
-    reference._check_ids(token_ids, rows, weight.shape[0])
-    state, ids = _new_state(rows), token_ids[rows]
-    head = _Head(temperature, softcap, exact_kl)
-    with torch.autocast("cpu", enabled=False):
-        policy = Product(hidden[rows], weight)
-        if anchor_hidden is None or anchor_weight is None:
-            for piece, first, logits in policy.tiles():
-                head.stats(logits, None, ids[piece], state[piece], entropy, first)
-        elif exact_kl:
-            anchor = Product(anchor_hidden[rows], anchor_weight)
-            pairs = zip(policy.tiles(), anchor.tiles(), strict=True)
-            for (piece, first, logits), (_, _, other) in pairs:
-                head.stats(logits, other, ids[piece], state[piece], entropy, first)
-        else:
-            anchor = Product(anchor_hidden[rows], anchor_weight, policy.buffer)
-            for piece, first, logits in policy.tiles():
-                head.stats(logits, None, ids[piece], state[piece], entropy, first)
-            for piece, first, logits in anchor.tiles():
-                head.stats(logits, None, ids[piece], state[piece, STATE // 2 :], False, first)
-    anchored = anchor_hidden is not None
-    return _by_row(state, rows, len(token_ids), anchored, exact_kl, entropy)
-
-
-def linear_token_stats_backward_cpp(
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    anchor_hidden: Tensor | None,
-    anchor_weight: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    exact_kl: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3]; what is not needed comes empty.
-
-    Numerics: both are summed in fp32.
-    """
-    options = (token_ids, anchor_hidden, anchor_weight, temperature, softcap, exact_kl)
-    if upstream.dtype == torch.float64:
-        return reference.linear_token_stats_backward_reference(
-            upstream, hidden, weight, *options, needs_hidden, needs_weight
-        )
-    if state is None:
-        made = linear_token_stats_cpp(
-            hidden, weight, token_ids, upstream.any(1), *options[1:], True
-        )
-        state = made[-1]
-    rows = upstream.any(1).nonzero()[:, 0]
-    coefficients = _coefficients(state[rows], upstream[rows], exact_kl, temperature)
-    head, ids = _Head(temperature, softcap, exact_kl), token_ids[rows]
-    with torch.autocast("cpu", enabled=False):
-        policy = Product(hidden[rows], weight)
-        anchor_tiles: Iterator[tuple[slice, int, Tensor]] | None = None
-        if anchor_hidden is not None and anchor_weight is not None and exact_kl:
-            anchor_tiles = Product(anchor_hidden[rows], anchor_weight).tiles()
-        gradients = Gradients(policy, needs_hidden, needs_weight)
-        for piece, first, logits in policy.tiles():
-            other = None if anchor_tiles is None else next(anchor_tiles)[2]
-            head.gradient(logits, other, ids[piece], coefficients[piece], logits, first)
-            gradients.add(piece, first, logits)
-    dhidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
-    if needs_hidden:
-        dhidden[rows] = gradients.states.to(hidden.dtype)
-    return dhidden, gradients.weight
-
-
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """What every call of the kernels on one head has in common."""
 
     temperature: float
@@ -257,36 +159,40 @@ def _with_unit_stride(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _new_state(rows: Tensor) -> Tensor:
+def new_state(rows: Tensor) -> Tensor:
     """[n, 8] before any column."""
     state = torch.zeros(len(rows), STATE, dtype=torch.float64)
     state[:, :: STATE // 2] = -torch.inf
     return state
 
 
-def _by_row(
+def statistics_of(state: Tensor, anchored: bool, exact_kl: str, entropy: bool) -> Tensor:
+    """[4, n] of the rows of a state, as in `Stats`."""
+    top, total, picked, moment, anchor_top, anchor_total, anchor_picked, cross = state.unbind(1)
+    lse, anchor_lse = top + total.log(), anchor_top + anchor_total.log()
+    found = torch.zeros(4, len(state))
+    found[0] = ((picked - top) - total.log()).clamp(max=0)
+    if entropy:
+        found[1] = (total.log() - moment / total).clamp(min=0)
+    if anchored:
+        found[2] = ((anchor_picked - anchor_top) - anchor_total.log()).clamp(max=0)
+    if anchored and exact_kl == "reverse":
+        found[3] = (cross / total - (lse - anchor_lse)).clamp(min=0)
+    elif anchored and exact_kl == "forward":
+        found[3] = (cross / anchor_total - (anchor_lse - lse)).clamp(min=0)
+    return found
+
+
+def by_row(
     state: Tensor, rows: Tensor, count: int, anchored: bool, exact_kl: str, entropy: bool
 ) -> tuple[Tensor, ...]:
     """The statistics and the state of all rows, 0 where there is none."""
-    top, total, picked, moment, anchor_top, anchor_total, anchor_picked, cross = state.unbind(1)
-    lse, anchor_lse = top + total.log(), anchor_top + anchor_total.log()
-    found = torch.zeros(4, count)
-    found[0, rows] = ((picked - top) - total.log()).clamp(max=0).float()
-    if entropy:
-        found[1, rows] = (total.log() - moment / total).clamp(min=0).float()
-    if anchored:
-        logq = (anchor_picked - anchor_top) - anchor_total.log()
-        found[2, rows] = logq.clamp(max=0).float()
-    if anchored and exact_kl == "reverse":
-        found[3, rows] = (cross / total - (lse - anchor_lse)).clamp(min=0).float()
-    elif anchored and exact_kl == "forward":
-        found[3, rows] = (cross / anchor_total - (anchor_lse - lse)).clamp(min=0).float()
-    saved = torch.zeros(count, STATE, dtype=torch.float64)
-    saved[rows] = state
+    found, saved = torch.zeros(4, count), torch.zeros(count, STATE, dtype=torch.float64)
+    found[:, rows], saved[rows] = statistics_of(state, anchored, exact_kl, entropy), state
     return *(row.clone() for row in found), saved
 
 
-def _coefficients(state: Tensor, upstream: Tensor, exact_kl: str, temperature: float) -> Tensor:
+def coefficients_of(state: Tensor, upstream: Tensor, exact_kl: str, temperature: float) -> Tensor:
     """[n, 7] of `LossCoefficient` in csrc/cpu.h: du = p (A + B (u - max) + C (u - v)) - Q q."""
     dlogprobs, dentropy, dkl = upstream.double().T / temperature
     top, total, _, moment, anchor_top, anchor_total, _, cross = state.unbind(1)

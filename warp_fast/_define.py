@@ -1,0 +1,45 @@
+"""How an op of warp_fast is made known to torch.library."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch._compile import _disable_dynamo
+
+Kernel: TypeAlias = Callable[..., Any]
+
+
+def define(name: str, schema: str, kernel: Kernel, fake: Kernel, device: str | None = None) -> Any:
+    """Register one op id and return its overload; device None serves every device."""
+    qualified = f"warp_fast::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, device or "default", _untraced(kernel))
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.warp_fast, name).default
+
+
+def _untraced(kernel: Kernel) -> Kernel:
+    """Keep dynamo out of a kernel; unlike register_kernel, without importing it (seconds) first."""
+    untraced: Kernel = _disable_dynamo(kernel)
+
+    def run(*arguments: Any) -> Any:
+        return (untraced if "torch._dynamo" in sys.modules else kernel)(*arguments)
+
+    return run
+
+
+def triton(stem: str, launcher: str) -> Kernel:
+    """The launcher in kernels/<stem>.py; the first call imports it, and Triton with it."""
+
+    def run(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"warp_fast.kernels.{stem}"), launcher)(*arguments)
+
+    return run
+
+
+def no_result(*_: object) -> None:
+    """Fake of an in-place op."""

@@ -1,0 +1,341 @@
+"""The ops of the losses in torch.library; see _ops.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warp_fast._backend import TRITON_DEVICE
+from warp_fast._define import Kernel, define, triton
+from warp_fast._loss_checks import EXACT, Terms
+from warp_fast._objective import Rows
+from warp_fast.native import linear_loss as native_linear_loss
+from warp_fast.native import loss as native_loss
+from warp_fast.native import loss_cuda as native_loss_cuda
+from warp_fast.reference import linear_loss as reference_linear_loss
+from warp_fast.reference import loss as reference_loss
+from warp_fast.reference.linear_loss import Heads, LinearLoss
+
+_HEAD = "float temperature, float? softcap, str exact_kl"
+_STATS_SCHEMA = (
+    "(Tensor logits, Tensor token_ids, Tensor mask, Tensor? anchor_logits, "
+    f"{_HEAD}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_STATS_BACKWARD_SCHEMA = (
+    f"(Tensor upstream, Tensor logits, Tensor token_ids, Tensor? anchor_logits, {_HEAD}, "
+    "Tensor? state=None) -> Tensor"
+)
+_LINEAR_STATS_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor token_ids, Tensor mask, Tensor? anchor_hidden, "
+    f"Tensor? anchor_weight, {_HEAD}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LINEAR_STATS_BACKWARD_SCHEMA = (
+    "(Tensor upstream, Tensor hidden, Tensor weight, Tensor token_ids, Tensor? anchor_hidden, "
+    f"Tensor? anchor_weight, {_HEAD}, bool needs_hidden, bool needs_weight, "
+    "Tensor? state=None) -> (Tensor, Tensor)"
+)
+
+
+def _fake_stats(state: int) -> Kernel:
+    """state: the columns of the last output, which the gradient takes back."""
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+        rows, dtype = tensors[0].shape[0], reference_loss.compute_dtype(*tensors)
+        found = [tensors[0].new_empty(rows, dtype=dtype) for _ in range(4)]
+        return *found, tensors[0].new_empty((rows, state), dtype=torch.float64)
+
+    return fake
+
+
+def _fake_linear_backward(
+    upstream: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    needs_hidden, needs_weight = rest[6:8]
+    dhidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
+    return dhidden, torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+
+
+def _stateless(forward: Kernel) -> Kernel:
+    """The forward op of a backend whose gradient needs the inputs alone."""
+
+    def run(first: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return *forward(first, *rest), first.new_empty((len(first), 0), dtype=torch.float64)
+
+    return run
+
+
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, temperature, softcap, exact_kl, _ = inputs
+    ctx.save_for_backward(*tensors, output[4])
+    ctx.head = (temperature, softcap, exact_kl)
+
+
+def _upstream(ctx: Any, mask: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
+    """[N, 3]: gradients of logprobs, entropy and kl, exactly 0 where masked."""
+    dlogprobs, dentropy, _, dkl, _ = gradients
+    stacked = torch.stack([dlogprobs, dentropy, dkl], dim=1)
+    return torch.where(mask[:, None], stacked, 0)
+
+
+def _kept(state: Tensor) -> tuple[Tensor, ...]:
+    return (state,) if state.shape[1] else ()
+
+
+def _stats_autograd(backward: Any) -> Kernel:
+    def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits, token_ids, mask, anchor_logits, state = ctx.saved_tensors
+        upstream = _upstream(ctx, mask, gradients)
+        dlogits = backward(upstream, logits, token_ids, anchor_logits, *ctx.head, *_kept(state))
+        return dlogits, *[None] * 7
+
+    return gradient
+
+
+def _linear_stats_autograd(backward: Any) -> Kernel:
+    def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, token_ids, mask, *anchor, state = ctx.saved_tensors
+        upstream = _upstream(ctx, mask, gradients)
+        needs = tuple(ctx.needs_input_grad[:2])
+        found = backward(
+            upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, *_kept(state)
+        )
+        used = [part if need else None for part, need in zip(found, needs, strict=True)]
+        return *used, *[None] * 8
+
+    return gradient
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError("the losses have a first derivative alone; got create_graph=True")
+
+
+# op -> its schema, that of its gradient, the fake of the gradient, and what registers it
+_STATS: dict[str, tuple[str, str, Kernel, Callable[[Any], Kernel]]] = {
+    "token_stats": (
+        _STATS_SCHEMA,
+        _STATS_BACKWARD_SCHEMA,
+        lambda upstream, logits, *_: torch.empty_like(logits),
+        _stats_autograd,
+    ),
+    "linear_token_stats": (
+        _LINEAR_STATS_SCHEMA,
+        _LINEAR_STATS_BACKWARD_SCHEMA,
+        _fake_linear_backward,
+        _linear_stats_autograd,
+    ),
+}
+
+
+def _define_stats(
+    name: str,
+    backend: str,
+    forward: Kernel,
+    backward: Kernel,
+    device: str | None,
+    state: int = 0,
+) -> Any:
+    """Register the op of one backend with its gradient.
+
+    state: the columns of the fp64 rows that `forward` returns last and `backward` takes last; 0
+    where they have none.
+    """
+    schema, backward_schema, fake_backward, autograd = _STATS[name]
+    if not state:
+        forward = _stateless(forward)
+    op = define(f"{name}_{backend}", schema, forward, _fake_stats(state), device)
+    back = define(f"{name}_backward_{backend}", backward_schema, backward, fake_backward, device)
+    torch.library.register_autograd(op, autograd(back), setup_context=_save_stats)
+    torch.library.register_autograd(back, _no_second_derivative)
+    return op
+
+
+TOKEN_STATS = {
+    "reference": _define_stats(
+        "token_stats",
+        "reference",
+        reference_loss.token_stats_reference,
+        reference_loss.token_stats_backward_reference,
+        None,
+    ),
+    "triton": _define_stats(
+        "token_stats",
+        "triton",
+        triton("loss", "token_stats_triton"),
+        triton("loss", "token_stats_backward_triton"),
+        TRITON_DEVICE,
+        native_loss.STATE,
+    ),
+    "cpp": _define_stats(
+        "token_stats",
+        "cpp",
+        native_loss.token_stats_cpp,
+        native_loss.token_stats_backward_cpp,
+        "cpu",
+        native_loss.STATE,
+    ),
+    "cuda": _define_stats(
+        "token_stats",
+        "cuda",
+        native_loss_cuda.token_stats_cuda,
+        native_loss_cuda.token_stats_backward_cuda,
+        "cuda",
+        native_loss.STATE,
+    ),
+}
+LINEAR_TOKEN_STATS = {
+    "reference": _define_stats(
+        "linear_token_stats",
+        "reference",
+        reference_linear_loss.linear_token_stats_reference,
+        reference_linear_loss.linear_token_stats_backward_reference,
+        None,
+    ),
+    "triton": _define_stats(
+        "linear_token_stats",
+        "triton",
+        triton("linear_loss", "linear_token_stats_triton"),
+        triton("linear_loss", "linear_token_stats_backward_triton"),
+        TRITON_DEVICE,
+        native_loss.STATE,
+    ),
+    "cpp": _define_stats(
+        "linear_token_stats",
+        "cpp",
+        native_linear_loss.linear_token_stats_cpp,
+        native_linear_loss.linear_token_stats_backward_cpp,
+        "cpu",
+        native_loss.STATE,
+    ),
+}
+
+# --- the loss itself, with its gradients made in the forward pass
+
+_LINEAR_LOSS_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor? anchor_hidden, Tensor? anchor_weight, "
+    "float temperature, float? softcap, Tensor token_ids, Tensor mask, Tensor sequence, "
+    "SymInt count, SymInt longest, Tensor advantages, Tensor? anchor_logprobs, "
+    "Tensor? old_logprobs, float[]? clip_range, float beta, str kl, bool entropy, "
+    "bool needs_hidden, bool needs_weight) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _grouped(kernel: Kernel) -> Kernel:
+    """The kernel of a backend takes (heads, rows, terms, entropy, needs)."""
+
+    def run(*given: Any) -> LinearLoss:
+        heads, (token_ids, mask, sequence, count, longest) = Heads(*given[:6]), given[6:11]
+        advantages, anchor_logprobs, old_logprobs, clip_range, beta, kl = given[11:17]
+        rows = Rows(token_ids.shape, token_ids, mask, sequence, count, longest)
+        clip = None if clip_range is None else (clip_range[0], clip_range[1])
+        terms = Terms(advantages, anchor_logprobs, old_logprobs, clip, beta, kl)
+        found: LinearLoss = kernel(heads, rows, terms, given[17], given[18:])
+        return found
+
+    return run
+
+
+def _fake_linear_loss(state: int) -> Kernel:
+    def fake(*given: Any) -> LinearLoss:
+        heads, count = Heads(*given[:6]), given[6].shape[0]
+        dtype = heads.compute_dtype
+        like = heads.hidden
+        stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
+        made = [
+            torch.empty_like(part, dtype=dtype) if need else part.new_empty(0, dtype=dtype)
+            for part, need in zip(heads[:2], given[18:], strict=True)
+        ]
+        saved = like.new_empty((count, state), dtype=torch.float64)
+        slopes = like.new_empty((count, 3), dtype=dtype)
+        return LinearLoss._make([like.new_empty((), dtype=dtype), *stats, saved, slopes, *made])
+
+    return fake
+
+
+def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    heads, token_ids, mask, kl = Heads(*inputs[:6]), inputs[6], inputs[7], inputs[16]
+    found = LinearLoss(*output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(found.anchor_logprobs, *found[5:])
+    ctx.save_for_backward(*heads[:4], token_ids, mask, found.state, found.slopes)
+    ctx.head = (heads.temperature, heads.softcap, kl if kl in EXACT else "")
+    # given away by the first backward pass, and so not among the saved tensors, which outlive it
+    ctx.made = [
+        part.detach() if need else None for part, need in zip(found[-2:], inputs[18:], strict=True)
+    ]
+
+
+def _scaled(made: Tensor | None, scale: Tensor, like: Tensor) -> Tensor | None:
+    """A gradient made in the forward pass, in the dtype of what it is of."""
+    if made is None:
+        return None
+    if made.dtype == like.dtype:
+        return made.mul_(scale)
+    return torch.mul(made, scale, out=torch.empty_like(like))
+
+
+def _linear_loss_autograd(backward: Any) -> Kernel:
+    def again(ctx: Any, dtotal: Tensor | None, *of_stats: Tensor | None) -> tuple[Tensor, ...]:
+        """The gradients for any upstream, from the logits made again."""
+        hidden, weight, *anchor, token_ids, mask, state, slopes = ctx.saved_tensors
+        none = torch.zeros_like(slopes[:, 0])
+        given = torch.stack([none if x is None else x for x in of_stats], 1)
+        upstream = torch.where(mask[:, None], given, 0)
+        if dtotal is not None:
+            upstream = upstream + slopes * dtotal
+        needs, kept = ctx.needs_input_grad[:2], _kept(state)
+        found: tuple[Tensor, ...] = backward(
+            upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, *kept
+        )
+        return found
+
+    def gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dtotal, dlogprobs, dentropy, _, dkl, *_ = gradients
+        of_stats = (dlogprobs, dentropy, dkl)
+        needs = ctx.needs_input_grad[:2]
+        made, ctx.made = ctx.made, [None, None]
+        there = all(part is not None for part, need in zip(made, needs, strict=True) if need)
+        of_total_alone = all(x is None for x in of_stats) and not torch.is_grad_enabled()
+        parts: Sequence[Tensor | None]
+        if there and of_total_alone and dtotal is not None:
+            likes = ctx.saved_tensors[:2]
+            parts = [_scaled(part, dtotal, like) for part, like in zip(made, likes, strict=True)]
+        else:
+            parts = again(ctx, dtotal, *of_stats)
+        used = [part if need else None for part, need in zip(parts, needs, strict=True)]
+        return *used, *[None] * 18
+
+    return gradient
+
+
+def _define_linear_loss(backend: str, kernel: Kernel, device: str | None, state: int = 0) -> Any:
+    """state: as in `_define_stats`, whose backward op the gradient may need."""
+    name, fake = f"linear_loss_{backend}", _fake_linear_loss(state)
+    op = define(name, _LINEAR_LOSS_SCHEMA, _grouped(kernel), fake, device)
+    back = getattr(torch.ops.warp_fast, f"linear_token_stats_backward_{backend}").default
+    gradient = _linear_loss_autograd(back)
+    torch.library.register_autograd(op, gradient, setup_context=_save_linear_loss)
+    return op
+
+
+LINEAR_LOSS = {
+    "reference": _define_linear_loss(
+        "reference", reference_linear_loss.linear_loss_reference, None
+    ),
+    "triton": _define_linear_loss(
+        "triton", triton("linear_loss", "linear_loss_triton"), TRITON_DEVICE, native_loss.STATE
+    ),
+    "cpp": _define_linear_loss("cpp", native_linear_loss.linear_loss_cpp, "cpu", native_loss.STATE),
+}
+
+# an op, since the number of its steps would tie a trace to a range of sizes
+SUMS_TO_GO = define(
+    "sums_to_go",
+    "(Tensor values, Tensor sequence, SymInt longest) -> Tensor",
+    reference_loss.sums_to_go_reference,
+    lambda values, *_: torch.empty_like(values),
+)

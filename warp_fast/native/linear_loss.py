@@ -1,0 +1,293 @@
+"""The statistics of the loss, their gradient and the loss by warp_fast._C, from hidden states.
+
+Hidden states meet the head a tile at a time, some thousand rows by some thousand tokens of the
+vocabulary: torch multiplies in fp32, the kernel works on the tile while it is in cache. For the
+statistics the vocabulary is the outer loop, so a 16-bit weight is widened a tile at a time and each
+row of its gradient is written once. The loss makes its gradient in the forward pass: it keeps the
+logits of some hundred rows until their coefficients are known, and saves a product. fp64 inputs are
+served by the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from warp_fast._loss_checks import Terms
+from warp_fast._objective import (
+    COUPLED,
+    Rows,
+    exact_kl_of,
+    objective,
+    slopes,
+    with_given_anchor,
+)
+from warp_fast.native._tiles import Gradients, Product, Tile
+from warp_fast.native.loss import STATE, Head, by_row, coefficients_of, new_state, statistics_of
+from warp_fast.reference import linear_loss as reference
+from warp_fast.reference.linear_loss import Heads, LinearLoss
+from warp_fast.reference.loss import Stats, _check_ids, compute_dtype
+
+# Rows whose logits are kept: 64 MiB of a vocabulary of 32k. The weights are read, and the gradient
+# of the weight is read and written, once for so many rows: some percent of the time of the
+# products, whatever the sizes are.
+_KEPT_ROWS = 512
+
+
+def linear_token_stats_cpp(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    anchor_hidden: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    entropy: bool,
+) -> tuple[Tensor, ...]:
+    """Statistics of hidden @ weight.T, and the [N, 8] state; see `linear_token_stats_reference`.
+
+    Traffic: reads both weights once, whatever N is.
+    """
+    tensors = (hidden, weight, anchor_hidden, anchor_weight)
+    if compute_dtype(*tensors) == torch.float64:
+        wide = reference.linear_token_stats_reference(
+            hidden, weight, token_ids, mask, *tensors[2:], temperature, softcap, exact_kl, entropy
+        )
+        return *wide, wide[0].new_zeros(len(token_ids), STATE)
+    rows = mask.nonzero()[:, 0]
+    _check_ids(token_ids, rows, weight.shape[0])
+    state, ids = new_state(rows), token_ids[rows]
+    head = Head(temperature, softcap, exact_kl)
+    with torch.autocast("cpu", enabled=False):
+        policy = Product(hidden[rows], weight)
+        anchor = None
+        if anchor_hidden is not None and anchor_weight is not None:
+            anchor = Product(
+                anchor_hidden[rows], anchor_weight, None if exact_kl else policy.buffer
+            )
+        _add_policy(head, policy.tiles(), anchor, ids, state, entropy)
+        if anchor is not None and not exact_kl:
+            _add_anchor(head, anchor, ids, state)
+    return by_row(state, rows, len(token_ids), anchor is not None, exact_kl, entropy)
+
+
+def _add_policy(
+    head: Head,
+    tiles: Iterator[Tile],
+    anchor: Product | None,
+    ids: Tensor,
+    state: Tensor,
+    entropy: bool,
+) -> None:
+    """Add the policy to the state of rows; where the KL is exact with the anchor beside it."""
+    others = anchor.tiles() if anchor is not None and head.exact_kl else None
+    for piece, first, logits in tiles:
+        other = None if others is None else next(others)[2]
+        head.stats(logits, other, ids[piece], state[piece], entropy, first)
+
+
+def _add_anchor(head: Head, anchor: Product, ids: Tensor, state: Tensor) -> None:
+    for piece, first, logits in anchor.tiles():
+        head.stats(logits, None, ids[piece], state[piece, STATE // 2 :], False, first)
+
+
+def linear_token_stats_backward_cpp(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    anchor_hidden: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3]; what is not needed comes empty.
+
+    Numerics: both are summed in fp32.
+    """
+    options = (token_ids, anchor_hidden, anchor_weight, temperature, softcap, exact_kl)
+    if upstream.dtype == torch.float64:
+        return reference.linear_token_stats_backward_reference(
+            upstream, hidden, weight, *options, needs_hidden, needs_weight
+        )
+    if state is None:
+        made = linear_token_stats_cpp(
+            hidden, weight, token_ids, upstream.any(1), *options[1:], True
+        )
+        state = made[-1]
+    rows = upstream.any(1).nonzero()[:, 0]
+    coefficients = coefficients_of(state[rows], upstream[rows], exact_kl, temperature)
+    head, ids = Head(temperature, softcap, exact_kl), token_ids[rows]
+    with torch.autocast("cpu", enabled=False):
+        policy = Product(hidden[rows], weight)
+        others: Iterator[Tile] | None = None
+        if anchor_hidden is not None and anchor_weight is not None and exact_kl:
+            others = Product(anchor_hidden[rows], anchor_weight).tiles()
+        gradients = Gradients(policy, needs_hidden, needs_weight)
+        for piece, first, logits in policy.tiles():
+            other = None if others is None else next(others)[2]
+            head.gradient(logits, other, ids[piece], coefficients[piece], logits, first)
+            gradients.add(piece, first, logits)
+    dhidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
+    if needs_hidden:
+        dhidden[rows] = gradients.states.to(hidden.dtype)
+    return dhidden, gradients.weight
+
+
+def linear_loss_cpp(
+    heads: Heads, rows: Rows, terms: Terms, entropy: bool, needs: tuple[bool, bool]
+) -> LinearLoss:
+    """`linear_loss_reference`: the gradients for little more than two products.
+
+    Traffic: 8 N V D flops with an anchor and both gradients; 10 in sequences of more than
+        `_KEPT_ROWS` tokens whose coefficients depend on the whole sequence.
+    """
+    if heads.compute_dtype == torch.float64:
+        wide = reference.linear_loss_reference(heads, rows, terms, entropy, needs)
+        return wide._replace(state=wide.state.new_zeros(len(wide.state), STATE))
+    making = _Making(heads, rows, terms, entropy, needs)
+    with torch.autocast("cpu", enabled=False):
+        if any(needs):
+            making.run()
+            *found, state = making.by_row(len(rows.mask))
+        else:
+            *found, state = linear_token_stats_cpp(
+                heads.hidden, heads.weight, rows.token_ids, rows.mask, heads.anchor_hidden,
+                heads.anchor_weight, heads.temperature, heads.softcap, exact_kl_of(terms), entropy,
+            )  # fmt: skip
+    stats = with_given_anchor(Stats(*found), terms)
+    dhidden, dweight = making.dhidden, making.dweight
+    return LinearLoss(
+        objective(rows, stats, terms), *stats, state, slopes(rows, stats, terms), dhidden, dweight
+    )
+
+
+class _Making:
+    """The statistics and the gradients of the loss, some hundred rows after the other.
+
+    Attributes:
+        index: [n] the rows inside the mask; rows, terms, ids and state are of these alone.
+        dhidden, dweight: of all rows, in fp32.
+    """
+
+    def __init__(
+        self, heads: Heads, rows: Rows, terms: Terms, entropy: bool, needs: tuple[bool, bool]
+    ) -> None:
+        self.index = rows.mask.nonzero()[:, 0]
+        _check_ids(rows.token_ids, self.index, heads.weight.shape[0])
+        self.heads, self.entropy, self.needs = heads, entropy, needs
+        self.rows, self.terms = rows.at(self.index), terms.at(self.index)
+        self.ids, self.state = self.rows.token_ids, new_state(self.index)
+        self.head = Head(heads.temperature, heads.softcap, exact_kl_of(terms))
+        self.anchored = heads.anchor_hidden is not None
+        hidden, weight = heads[:2]
+        self.dhidden = torch.zeros(hidden.shape if needs[0] else 0)
+        self.dweight = torch.empty(weight.shape if needs[1] else 0)
+        self.weighed = False  # whether dweight holds anything
+
+    def by_row(self, count: int) -> tuple[Tensor, ...]:
+        return by_row(
+            self.state, self.index, count, self.anchored, self.head.exact_kl, self.entropy
+        )
+
+    def run(self) -> None:
+        _, weight, anchor_hidden, anchor_weight, *_ = self.heads
+        exact = bool(self.head.exact_kl)
+        if anchor_hidden is not None and anchor_weight is not None and not exact:
+            anchor = Product(anchor_hidden[self.index], anchor_weight)
+            _add_anchor(self.head, anchor, self.ids, self.state)
+        limit = _KEPT_ROWS // 2 if exact else _KEPT_ROWS
+        groups = _groups(self.rows.sequence, self.terms.kl in COUPLED, limit)
+        longest = max((len(block) for group in groups for block in group), default=0)
+        buffers = [torch.empty(longest * len(weight)) for _ in range(1 + exact)]
+        for group in groups:
+            self._add_group(group, buffers)
+        if not self.weighed:
+            self.dweight.zero_()
+
+    def _add_group(self, blocks: list[range], buffers: list[Tensor]) -> None:
+        """Rows whose coefficients depend on no other row; the logits of the last block are kept."""
+        for block in blocks:
+            heads = self._heads_of(block, buffers)
+            part = _slice(block)
+            anchor = heads[1] if len(heads) > 1 else None
+            _add_policy(
+                self.head, heads[0].tiles(), anchor, self.ids[part], self.state[part], self.entropy
+            )
+        whole = slice(blocks[0].start, blocks[-1].stop)
+        rows, terms = self.rows.at(whole), self.terms.at(whole)
+        found = statistics_of(self.state[whole], self.anchored, self.head.exact_kl, self.entropy)
+        upstream = slopes(rows, with_given_anchor(Stats(*found), terms), terms)
+        for block in reversed(blocks):
+            kept = block is blocks[-1]
+            here = slice(block.start - whole.start, block.stop - whole.start)
+            self._add_gradient(block, self._heads_of(block, buffers), kept, upstream[here])
+
+    def _heads_of(self, block: range, buffers: list[Tensor]) -> list[Product]:
+        """Policy and, for the exact KL, anchor."""
+        index, given = self.index[_slice(block)], self.heads
+        pairs = [(given.hidden, given.weight), (given.anchor_hidden, given.anchor_weight)]
+        return [
+            Product(states[index], weight, buffer, keep=True)
+            for (states, weight), buffer in zip(pairs, buffers, strict=False)
+            if states is not None and weight is not None
+        ]
+
+    def _add_gradient(
+        self, block: range, heads: list[Product], kept: bool, upstream: Tensor
+    ) -> None:
+        """Of the rows whose upstream is not 0; the others cost nothing here."""
+        live = upstream.any(1).nonzero()[:, 0]
+        if not len(live):
+            return
+        place = live + block.start
+        exact_kl, temperature = self.head.exact_kl, self.head.temperature
+        given = coefficients_of(self.state[place], upstream[live], exact_kl, temperature)
+        policy, states, ids = heads[0], heads[0].states[live], self.ids[place]
+        dstates = torch.zeros_like(states)
+        for tiles in zip(*[product.tiles(again=kept) for product in heads], strict=True):
+            _, first, _ = tiles[0]
+            logits, *other = (t if len(live) == len(block) else t[live] for _, _, t in tiles)
+            self.head.gradient(logits, other[0] if other else None, ids, given, logits, first)
+            if self.needs[0]:
+                dstates.addmm_(logits, policy.head)
+            if self.needs[1]:
+                target = self.dweight[first : first + len(policy.head)]
+                target.addmm_(logits.T, states, beta=int(self.weighed))
+        if self.needs[0]:
+            self.dhidden[self.index[place]] = dstates
+        self.weighed = True
+
+
+def _slice(block: range) -> slice:
+    return slice(block.start, block.stop)
+
+
+def _groups(sequence: Tensor, coupled: bool, limit: int) -> list[list[range]]:
+    """Cut rows into groups of at most `limit`, each one block.
+
+    Where the rows of a sequence are coupled it stays in one group; if it has more rows than `limit`
+    that group has several blocks.
+    """
+    if not coupled:
+        return [[block] for block in _blocks(0, len(sequence), limit)]
+    bounds, start = [0], 0
+    for length in sequence.bincount().tolist():
+        if start > bounds[-1] and start + length - bounds[-1] > limit:
+            bounds.append(start)
+        start += length
+    return [
+        _blocks(a, b, limit) for a, b in zip(bounds, [*bounds[1:], start], strict=True) if b > a
+    ]
+
+
+def _blocks(start: int, stop: int, limit: int) -> list[range]:
+    return [range(at, min(at + limit, stop)) for at in range(start, stop, limit)]

@@ -1,0 +1,169 @@
+"""The statistics of the loss, their gradient and the loss from hidden states, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from warp_fast._loss_checks import Terms
+from warp_fast._objective import Rows, exact_kl_of, objective, slopes, with_given_anchor
+from warp_fast.reference.loss import (
+    Stats,
+    _check_ids,
+    _pieces,
+    compute_dtype,
+    token_stats_backward_reference,
+    token_stats_reference,
+)
+
+
+class Heads(NamedTuple):
+    """Hidden states [N, D] and head weights [V, D] of policy and anchor, and what scores are."""
+
+    hidden: Tensor
+    weight: Tensor
+    anchor_hidden: Tensor | None
+    anchor_weight: Tensor | None
+    temperature: float
+    softcap: float | None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return compute_dtype(*self[:4])
+
+
+class LinearLoss(NamedTuple):
+    """What the ops of the loss give.
+
+    Attributes:
+        total: () Z times the loss.
+        logprobs, entropy, anchor_logprobs, kl: as in `Stats`.
+        state: [N, some] fp64, what the backward pass of the statistics takes.
+        slopes: [N, 3] the derivatives of total in logprobs, entropy and kl.
+        dhidden, dweight: those in hidden and weight, not yet rounded to the dtypes of these; empty
+            where they are not needed.
+    """
+
+    total: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    anchor_logprobs: Tensor
+    kl: Tensor
+    state: Tensor
+    slopes: Tensor
+    dhidden: Tensor
+    dweight: Tensor
+
+
+def linear_token_stats_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    anchor_hidden: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`token_stats_reference` of hidden @ weight.T, a chunk of rows at a time.
+
+    Shapes: hidden, anchor_hidden [N, D]; weight, anchor_weight [V, D]; token_ids, mask [N].
+    """
+    dtype = compute_dtype(hidden, weight, anchor_hidden, anchor_weight)
+    found = [torch.zeros(len(token_ids), dtype=dtype, device=hidden.device) for _ in range(4)]
+    rows = mask.nonzero()[:, 0]
+    _check_ids(token_ids, rows, weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = weight.to(dtype).T
+        anchor_head = None if anchor_weight is None else anchor_weight.to(dtype).T
+        for piece in _pieces(rows, weight.shape[0]):
+            logits = hidden[piece].to(dtype) @ head
+            anchor = None
+            if anchor_hidden is not None and anchor_head is not None:
+                anchor = anchor_hidden[piece].to(dtype) @ anchor_head
+            kept = torch.ones_like(piece, dtype=torch.bool)
+            parts = token_stats_reference(
+                logits, token_ids[piece], kept, anchor, temperature, softcap, exact_kl, entropy
+            )
+            for out, part in zip(found, parts, strict=True):
+                out[piece] = part
+    return Stats(*found)
+
+
+def linear_token_stats_backward_reference(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    anchor_hidden: Tensor | None,
+    anchor_weight: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3]; what is not needed comes empty.
+
+    Numerics: dweight is summed in fp32 over the chunks.
+    """
+    heads = Heads(hidden, weight, anchor_hidden, anchor_weight, temperature, softcap)
+    needs = (needs_hidden, needs_weight)
+    dhidden, dweight = _gradients(heads, upstream, token_ids, exact_kl, needs)
+    return dhidden.to(hidden.dtype), dweight.to(weight.dtype)
+
+
+def _gradients(
+    heads: Heads, upstream: Tensor, token_ids: Tensor, exact_kl: str, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of upstream."""
+    hidden, weight, anchor_hidden, anchor_weight, temperature, softcap = heads
+    needs_hidden, needs_weight = needs
+    dtype = upstream.dtype
+    dhidden, dweight = (
+        torch.zeros_like(part, dtype=dtype) if need else part.new_empty(0, dtype=dtype)
+        for part, need in zip(heads[:2], needs, strict=True)
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = weight.to(dtype)
+        anchor_head = None if anchor_weight is None else anchor_weight.to(dtype).T
+        for piece in _pieces(upstream.any(1).nonzero()[:, 0], weight.shape[0]):
+            states = hidden[piece].to(dtype)
+            anchor = None
+            if anchor_hidden is not None and anchor_head is not None and exact_kl:
+                anchor = anchor_hidden[piece].to(dtype) @ anchor_head
+            dlogits = token_stats_backward_reference(
+                upstream[piece],
+                states @ head.T,
+                token_ids[piece],
+                anchor,
+                temperature,
+                softcap,
+                exact_kl,
+            )
+            if needs_hidden:
+                dhidden[piece] = dlogits @ head
+            if needs_weight:
+                dweight.addmm_(dlogits.T, states)
+    return dhidden, dweight
+
+
+def linear_loss_reference(
+    heads: Heads, rows: Rows, terms: Terms, entropy: bool, needs: tuple[bool, bool]
+) -> LinearLoss:
+    """`warp_fast.linear_warp_loss` times its normalizer, and its gradients."""
+    hidden, weight, anchor_hidden, anchor_weight, temperature, softcap = heads
+    exact_kl = exact_kl_of(terms)
+    found = linear_token_stats_reference(
+        hidden, weight, rows.token_ids, rows.mask, anchor_hidden, anchor_weight, temperature,
+        softcap, exact_kl, entropy,
+    )  # fmt: skip
+    stats = with_given_anchor(Stats(*found), terms)
+    upstream = slopes(rows, stats, terms)
+    made = _gradients(heads, upstream, rows.token_ids, exact_kl, needs)
+    state = upstream.new_empty((len(upstream), 0), dtype=torch.float64)
+    return LinearLoss(objective(rows, stats, terms), *stats, state, upstream, *made)
