@@ -237,8 +237,7 @@ def linear_loss_triton(
     made = making.gradients
     return LinearLoss(
         objective(tokens, stats, terms),
-        *stats,
-        out.state,
+        *out,
         slopes(tokens, stats, terms),
         made.states,
         made.weight,

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import linear_loss_cases as cases
+from tests.linear_loss_cases import on_device
 from tests.loss_rows import DEVICE, backward, check, forward, linear, problem, some_mask
 from tests.tolerances import assert_close
 
@@ -24,14 +26,15 @@ CAPPED = (0.7, 5.0)
 @pytest.mark.parametrize("kl", ["", "forward"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_chunks_of_rows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kl: str) -> None:
-    monkeypatch.setattr(linear, "_ROWS", 2)
+    monkeypatch.setattr(linear, "_PART", 2)
+    monkeypatch.setattr(linear, "_BLOCK", 3)
     check(*problem("linear", 5, 7, dtype), some_mask(5), CAPPED, kl)
 
 
 def test_gradient_of_the_weight_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over 300 chunks of one row: in bf16 the sum would stop growing after 256 of them."""
-    monkeypatch.setattr(linear, "_ROWS", 1)
-    monkeypatch.setattr(linear, "_logits_gradient", lambda rows, *_: torch.ones_like(rows.logits))
+    """Over 300 blocks of one row: in bf16 the sum would stop growing after 256 of them."""
+    monkeypatch.setattr(linear, "_BLOCK", 1)
+    monkeypatch.setattr(linear, "row_gradient", lambda rows, state, upstream, out: out.fill_(1))
     hidden, weight = torch.ones(300, 2, dtype=BF16), torch.ones(3, 2, dtype=BF16)
     upstream, ids = torch.ones(300, 3), torch.zeros(300, dtype=torch.long)
     state = torch.zeros(300, 8, dtype=torch.float64)
@@ -50,9 +53,11 @@ def test_gemms_of_16_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -
         seen.append(a.dtype)
         return mm(a, b) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
 
-    def wide_addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: Any, out: Tensor) -> Tensor:
+    def wide_addmm(
+        total: Tensor, a: Tensor, b: Tensor, beta: int, out_dtype: Any, out: Tensor
+    ) -> Tensor:
         seen.append(a.dtype)
-        return addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)
+        return addmm(total, a.to(out_dtype), b.to(out_dtype), beta=beta, out=out)
 
     leaves, anchor, ids = problem("linear", 3, 9, dtype)
     upstream = torch.randn(3, 3) * some_mask(3)[:, None]
@@ -78,3 +83,29 @@ def test_gradient_of_a_frozen_input_is_not_computed(needs: tuple[bool, bool]) ->
     parts = linear.linear_token_stats_backward_triton(*rest, *needs)
     for part, full, needed in zip(parts, whole, needs, strict=True):
         assert torch.equal(part, full) if needed else part.numel() == 0
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("part, block", [(1, 1), (2, 3), (3, 5), (2, 8), (512, 2816)])
+@pytest.mark.parametrize("kl", cases.KINDS)
+def test_groups_of_the_loss(
+    monkeypatch: pytest.MonkeyPatch, kl: str, part: int, block: int, packed: bool
+) -> None:
+    """Sequences longer than a block, as long, and several in one."""
+    monkeypatch.setattr(linear, "_PART", part)
+    monkeypatch.setattr(linear, "_BLOCK", 2 * block)  # in bf16; these are fp32
+    cases.check(linear.linear_loss_triton, on_device(cases.call(kl, packed, ratio=True)))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("kl", ["reward", "forward"])
+def test_loss_of_16_bit_inputs(kl: str, dtype: torch.dtype) -> None:
+    cases.check(linear.linear_loss_triton, on_device(cases.call(kl, dtype=dtype)))
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
+def test_gradients_of_the_loss_that_are_not_needed(needs: tuple[bool, bool]) -> None:
+    given = on_device(cases.call("reward"))
+    cases.check(linear.linear_loss_triton, given, needs)
+    found = linear.linear_loss_triton(*given, True, needs)
+    assert (found.dhidden.numel() > 0, found.dweight.numel() > 0) == needs

@@ -285,7 +285,8 @@ def linear_warp_loss(
         return_entropy,
         *[torch.is_grad_enabled() and part.requires_grad for part in (hidden, weight)],
     )
-    return _finished(rows, total, Stats(*stats[:4]), terms, normalizer, return_entropy)
+    found = with_given_anchor(Stats(*stats[:4]), terms)
+    return _finished(rows, total, found, terms, normalizer, return_entropy)
 
 
 def _finished(

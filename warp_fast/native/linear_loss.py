@@ -164,10 +164,8 @@ def linear_loss_cpp(
                 heads.anchor_weight, heads.temperature, heads.softcap, exact_kl_of(terms), entropy,
             )  # fmt: skip
     stats = with_given_anchor(Stats(*found), terms)
-    dhidden, dweight = making.dhidden, making.dweight
-    return LinearLoss(
-        objective(rows, stats, terms), *stats, state, slopes(rows, stats, terms), dhidden, dweight
-    )
+    total, upstream = objective(rows, stats, terms), slopes(rows, stats, terms)
+    return LinearLoss(total, *found, state, upstream, making.dhidden, making.dweight)  # type: ignore[call-arg]
 
 
 class _Making:

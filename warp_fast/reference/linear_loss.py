@@ -39,7 +39,7 @@ class LinearLoss(NamedTuple):
 
     Attributes:
         total: () Z times the loss.
-        logprobs, entropy, anchor_logprobs, kl: as in `Stats`.
+        logprobs, entropy, anchor_logprobs, kl: as in `Stats`, without what the caller gave.
         state: [N, some] fp64, what the backward pass of the statistics takes.
         slopes: [N, 3] the derivatives of total in logprobs, entropy and kl.
         dhidden, dweight: those in hidden and weight, not yet rounded to the dtypes of these; empty
@@ -166,4 +166,4 @@ def linear_loss_reference(
     upstream = slopes(rows, stats, terms)
     made = _gradients(heads, upstream, rows.token_ids, exact_kl, needs)
     state = upstream.new_empty((len(upstream), 0), dtype=torch.float64)
-    return LinearLoss(objective(rows, stats, terms), *stats, state, upstream, *made)
+    return LinearLoss(objective(rows, stats, terms), *found, state, upstream, *made)

@@ -1,0 +1,196 @@
+"""The loss whose gradients are made in the forward pass: groups of rows, the backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import warp_fast
+from tests.linear_loss_cases import KINDS, V, call, check, finite, widened
+from warp_fast import _loss_ops
+from warp_fast._backend import MISSING, SERVED
+from warp_fast._loss_checks import EXACT
+from warp_fast._objective import objective, slopes
+from warp_fast.native import linear_loss as native
+from warp_fast.native._tiles import Product
+from warp_fast.native.loss import Head
+from warp_fast.reference.linear_loss import linear_loss_reference
+from warp_fast.reference.loss import Stats
+
+BACKENDS = [name for name in SERVED["linear_loss"]["cpu"] if MISSING[name] is None]
+B, T, D = 3, 4, 5
+
+kinds = pytest.mark.parametrize("kl", KINDS)
+layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+ratios = pytest.mark.parametrize("ratio", [False, True], ids=["log-prob", "ratio"])
+served = pytest.mark.parametrize("backend", BACKENDS)
+compiled = pytest.mark.skipif(MISSING["cpp"] is not None, reason=str(MISSING["cpp"]))
+
+
+@kinds
+@layouts
+@ratios
+def test_slopes_are_the_derivatives_of_the_objective(kl: str, packed: bool, ratio: bool) -> None:
+    _, rows, terms = call(kl, packed, ratio)
+    values = [torch.where(rows.mask, -3 * torch.rand(len(rows.mask)), 0).double() for _ in range(4)]
+    stats = Stats(*[x.requires_grad_() for x in values])
+    found = torch.autograd.grad(
+        objective(rows, stats, terms), [stats.logprobs, stats.entropy, stats.kl],
+        allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
+    torch.testing.assert_close(slopes(rows, stats, terms), torch.stack(found, 1))
+
+
+@compiled
+@kinds
+@layouts
+@pytest.mark.parametrize("kept", [1, 2, 3, 5, 512])
+def test_groups_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, kept: int, packed: bool, kl: str
+) -> None:
+    """Sequences longer than what is kept, as long, and several in one."""
+    monkeypatch.setattr(native, "_KEPT_ROWS", max(kept, 1 + (kl in EXACT)))
+    check(native.linear_loss_cpp, call(kl, packed, ratio=True))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kl", ["reward", "forward"])
+def test_16_bit_inputs_give_fp32_gradients(kl: str, dtype: torch.dtype) -> None:
+    check(native.linear_loss_cpp, call(kl, dtype=dtype))
+
+
+@compiled
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
+def test_what_is_not_needed_is_not_made(needs: tuple[bool, bool]) -> None:
+    check(native.linear_loss_cpp, call("k2"), needs)
+    found = native.linear_loss_cpp(*call("k2"), True, needs)
+    assert (found.dhidden.numel() > 0, found.dweight.numel() > 0) == needs
+
+
+@compiled
+def test_rows_without_a_coefficient_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    gradient = Head.gradient
+
+    def counted(self: Any, logits: Tensor, *rest: Any) -> None:
+        seen.append(len(logits))
+        gradient(self, logits, *rest)
+
+    monkeypatch.setattr(Head, "gradient", counted)
+    heads, rows, terms = call("none")
+    native.linear_loss_cpp(heads, rows, terms, False, (True, True))
+    assert seen == [int((terms.advantages != 0).sum())] and seen[0] < int(rows.mask.sum())
+    nothing = replace(terms, advantages=torch.zeros_like(terms.advantages))
+    found = native.linear_loss_cpp(heads, rows, nothing, False, (True, True))
+    assert len(seen) == 1 and not found.dweight.any() and not found.dhidden.any()
+
+
+@compiled
+def test_memory_is_that_of_the_kept_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_KEPT_ROWS", 4)
+    sizes: list[int] = []
+
+    def seen(states: Tensor, weight: Tensor, buffer: Any = None, keep: bool = False) -> Any:
+        sizes.extend([buffer.numel()] if keep else [])
+        return Product(states, weight, buffer, keep)
+
+    monkeypatch.setattr(native, "Product", seen)
+    for kl in ("reward", "k2", "reverse"):
+        native.linear_loss_cpp(*call(kl, packed=True), False, (True, True))
+    assert max(sizes) <= 4 * V
+
+
+@served
+@kinds
+def test_opcheck(kl: str, backend: str) -> None:
+    heads, rows, terms = call(kl, ratio=True)
+    hidden, weight, *others = finite(heads)
+    given = (
+        hidden.requires_grad_(), weight.requires_grad_(), *others, rows.token_ids, rows.mask,
+        rows.sequence, rows.count, rows.longest, terms.advantages, None, terms.old_logprobs,
+        [0.2, 0.3], 0.3, kl, True,
+    )  # fmt: skip
+    for needs in [(True, True), (False, False)]:
+        torch.library.opcheck(_loss_ops.LINEAR_LOSS[backend], (*given, *needs))
+
+
+def problem(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict[str, Any]]:
+    leaves = [torch.randn(B, T, D), torch.randn(V, D)]
+    options = {
+        "anchor_hidden": (leaves[0] + 0.1).to(dtype),
+        "token_ids": torch.randint(0, V, (B, T)),
+        "advantages": torch.randn(B),
+        "mask": torch.arange(B * T).view(B, T) % 4 != 1,
+    }
+    return [x.to(dtype).requires_grad_() for x in leaves], options
+
+
+@served
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_every_backward_pass_gives_the_same(dtype: torch.dtype, backend: str) -> None:
+    """The first gives away what was made; what becomes of it must not reach the others."""
+    leaves, options = problem(dtype)
+    loss = 3 * warp_fast.linear_warp_loss(*leaves, **options, backend=backend).loss
+    found = []
+    for _ in range(3):
+        torch.autograd.backward(loss, retain_graph=True)
+        found.append([leaf.grad.clone() for leaf in leaves if leaf.grad is not None])
+        for leaf in leaves:
+            assert leaf.grad is not None and leaf.grad.dtype == dtype
+            leaf.grad.zero_()
+    for again in found[1:]:
+        if dtype == torch.bfloat16:
+            torch.testing.assert_close(again, found[0], rtol=2.0**-6, atol=1e-3)
+        else:
+            torch.testing.assert_close(again, found[0])
+
+
+@served
+@pytest.mark.parametrize("kl", ["reward", "reverse"])
+def test_gradients_through_loss_and_values_add_up(kl: Any, backend: str) -> None:
+    leaves, options = problem()
+
+    def found(of_loss: float, of_values: float) -> list[Tensor]:
+        result = warp_fast.linear_warp_loss(
+            *leaves, **options, kl=kl, return_entropy=True, backend=backend
+        )
+        assert result.entropy is not None
+        values = result.logprobs.sum() + result.entropy.sum() + result.kl.square().sum()
+        terms = [(of_loss, result.loss), (of_values, values)]
+        total = torch.stack([factor * term for factor, term in terms if factor]).sum()
+        return list(torch.autograd.grad(total, leaves))
+
+    apart = [a + b for a, b in zip(found(2, 0), found(0, 3), strict=True)]
+    torch.testing.assert_close(found(2, 3), apart)
+
+
+@served
+def test_what_was_made_is_given_away(backend: str) -> None:
+    leaves, options = problem()
+    loss = warp_fast.linear_warp_loss(*leaves, **options, backend=backend).loss
+    node: Any = loss.grad_fn
+    while not hasattr(node, "made"):
+        node = node.next_functions[0][0]
+    assert all(part is not None for part in node.made)
+    torch.autograd.backward(loss)
+    assert node.made == [None, None]
+
+
+def test_the_reference_is_what_autograd_gives() -> None:
+    for kl in KINDS:
+        heads, rows, terms = call(kl, packed=True, ratio=True)
+        heads = finite(widened(heads))
+        made = linear_loss_reference(heads, rows, terms, False, (True, True))
+        leaves = [heads.hidden.requires_grad_(), heads.weight.requires_grad_()]
+        stats = _loss_ops.LINEAR_TOKEN_STATS["reference"](
+            *leaves, rows.token_ids, rows.mask, *heads[2:], kl if kl in EXACT else "", False
+        )
+        total = objective(rows, Stats(*stats[:4]), terms)
+        expected = torch.autograd.grad(total, leaves)
+        torch.testing.assert_close(made.total, total.detach())
+        torch.testing.assert_close((made.dhidden, made.dweight), expected)
