@@ -202,7 +202,7 @@ def linear_token_stats_backward_triton(
         for block in _cut(slice(0, len(token_ids)), gradients.block):
             _put_block(gradients, logits, block, state, upstream[block])
             gradients.add(block, live[block], None)
-    return gradients.states.to(hidden.dtype), gradients.weight.to(weight.dtype)
+    return gradients.states, gradients.weight
 
 
 def _put_block(

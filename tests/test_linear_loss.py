@@ -170,6 +170,27 @@ def test_gradients_through_loss_and_values_add_up(kl: Any, backend: str) -> None
 
 
 @served
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="needs a newer torch")
+@pytest.mark.parametrize("again", [False, True], ids=["made", "made again"])
+def test_weight_grad_is_summed_in_the_dtype_that_the_caller_asks_for(
+    again: bool, backend: str
+) -> None:
+    """In place of a given buffer, and exact where bf16 would round each micro-batch."""
+    (hidden, weight), options = problem(torch.bfloat16)
+    buffer = torch.ones(V, D)
+    weight.grad_dtype = torch.float32
+    weight.grad = buffer
+    exact = weight.detach().double().requires_grad_()
+    for _ in range(2):
+        for head, states in ((weight, hidden), (exact, hidden.double())):
+            result = warp_fast.linear_warp_loss(states, head, **options, backend=backend)
+            of_values = result.logprobs.sum() if again else 0
+            torch.autograd.backward(result.loss + of_values)
+    assert weight.grad is buffer and exact.grad is not None and hidden.grad is not None
+    torch.testing.assert_close(buffer - 1, exact.grad.float(), rtol=1e-5, atol=1e-5)
+
+
+@served
 def test_what_was_made_is_given_away(backend: str) -> None:
     leaves, options = problem()
     loss = warp_fast.linear_warp_loss(*leaves, **options, backend=backend).loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from warp_fast.native import loss_cuda as native_loss_cuda
 from warp_fast.reference import linear_loss as reference_linear_loss
 from warp_fast.reference import loss as reference_loss
 from warp_fast.reference.linear_loss import Heads, LinearLoss
+
+Gradients: TypeAlias = Sequence[Tensor | None]  # of hidden and weight
 
 _HEAD = "float temperature, float? softcap, str exact_kl"
 _STATS_SCHEMA = (
@@ -54,9 +56,16 @@ def _fake_stats(state: int) -> Kernel:
 def _fake_linear_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    needs_hidden, needs_weight = rest[6:8]
-    dhidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
-    return dhidden, torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+    return _fake_gradients((hidden, weight), rest[6:8], upstream.dtype)
+
+
+def _fake_gradients(
+    of: tuple[Tensor, Tensor], needs: tuple[bool, bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    first, second = (
+        x.new_empty(x.shape if need else 0, dtype=dtype) for x, need in zip(of, needs, strict=True)
+    )
+    return first, second
 
 
 def _stateless(forward: Kernel) -> Kernel:
@@ -95,6 +104,20 @@ def _stats_autograd(backward: Any) -> Kernel:
     return gradient
 
 
+def _gradient_dtype(of: Tensor) -> torch.dtype:
+    """That of the tensor, unless the caller asks for another one by its grad_dtype."""
+    asked: torch.dtype | None = getattr(of, "grad_dtype", None) if of.is_leaf else None
+    return of.dtype if asked is None else asked
+
+
+def _rounded(
+    found: Sequence[Tensor], of: tuple[Tensor, Tensor], needs: Sequence[bool]
+) -> Gradients:
+    """What autograd takes of the gradients of hidden and weight."""
+    triples = zip(found, of, needs, strict=True)
+    return [part.to(_gradient_dtype(like)) if need else None for part, like, need in triples]
+
+
 def _linear_stats_autograd(backward: Any) -> Kernel:
     def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, token_ids, mask, *anchor, state = ctx.saved_tensors
@@ -103,8 +126,7 @@ def _linear_stats_autograd(backward: Any) -> Kernel:
         found = backward(
             upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, *_kept(state)
         )
-        used = [part if need else None for part, need in zip(found, needs, strict=True)]
-        return *used, *[None] * 8
+        return *_rounded(found, (hidden, weight), needs), *[None] * 8
 
     return gradient
 
@@ -245,10 +267,7 @@ def _fake_linear_loss(state: int) -> Kernel:
         dtype = heads.compute_dtype
         like = heads.hidden
         stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
-        made = [
-            torch.empty_like(part, dtype=dtype) if need else part.new_empty(0, dtype=dtype)
-            for part, need in zip(heads[:2], given[18:], strict=True)
-        ]
+        made = _fake_gradients(heads[:2], given[18:], dtype)
         saved = like.new_empty((count, state), dtype=torch.float64)
         slopes = like.new_empty((count, 3), dtype=dtype)
         return LinearLoss._make([like.new_empty((), dtype=dtype), *stats, saved, slopes, *made])
@@ -269,17 +288,18 @@ def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ]
 
 
-def _scaled(made: Tensor | None, scale: Tensor, like: Tensor) -> Tensor | None:
-    """A gradient made in the forward pass, in the dtype of what it is of."""
+def _scaled(made: Tensor | None, scale: Tensor, of: Tensor) -> Tensor | None:
+    """A gradient made in the forward pass, in one pass over it."""
     if made is None:
         return None
-    if made.dtype == like.dtype:
+    dtype = _gradient_dtype(of)
+    if made.dtype == dtype:
         return made.mul_(scale)
-    return torch.mul(made, scale, out=torch.empty_like(like))
+    return torch.mul(made, scale, out=torch.empty_like(made, dtype=dtype))
 
 
 def _linear_loss_autograd(backward: Any) -> Kernel:
-    def again(ctx: Any, dtotal: Tensor | None, *of_stats: Tensor | None) -> tuple[Tensor, ...]:
+    def again(ctx: Any, dtotal: Tensor | None, *of_stats: Tensor | None) -> Gradients:
         """The gradients for any upstream, from the logits made again."""
         hidden, weight, *anchor, token_ids, mask, state, slopes = ctx.saved_tensors
         none = torch.zeros_like(slopes[:, 0])
@@ -288,10 +308,8 @@ def _linear_loss_autograd(backward: Any) -> Kernel:
         if dtotal is not None:
             upstream = upstream + slopes * dtotal
         needs, kept = ctx.needs_input_grad[:2], _kept(state)
-        found: tuple[Tensor, ...] = backward(
-            upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, *kept
-        )
-        return found
+        found = backward(upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, *kept)
+        return _rounded(found, (hidden, weight), needs)
 
     def gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dtotal, dlogprobs, dentropy, _, dkl, *_ = gradients
@@ -300,14 +318,13 @@ def _linear_loss_autograd(backward: Any) -> Kernel:
         made, ctx.made = ctx.made, [None, None]
         there = all(part is not None for part, need in zip(made, needs, strict=True) if need)
         of_total_alone = all(x is None for x in of_stats) and not torch.is_grad_enabled()
-        parts: Sequence[Tensor | None]
+        parts: Gradients
         if there and of_total_alone and dtotal is not None:
-            likes = ctx.saved_tensors[:2]
-            parts = [_scaled(part, dtotal, like) for part, like in zip(made, likes, strict=True)]
+            of = ctx.saved_tensors[:2]
+            parts = [_scaled(part, dtotal, like) for part, like in zip(made, of, strict=True)]
         else:
             parts = again(ctx, dtotal, *of_stats)
-        used = [part if need else None for part, need in zip(parts, needs, strict=True)]
-        return *used, *[None] * 18
+        return *parts, *[None] * 18
 
     return gradient
 

@@ -243,10 +243,17 @@ def linear_warp_loss(
 
     Returns, Raises: as `warp_loss`.
 
-    Traffic: 4 N V D flops forward (policy and anchor), 6 N V D backward; rows outside the mask and
-        rows without a gradient cost nothing.
+    Traffic: 8 N V D flops with an anchor and both gradients, all of them forward: the gradients are
+        made while the logits are there and scaled in backward. A gradient through the per-token
+        values makes the logits again, 6 N V D. So does, 2 N V D, a sequence of more rows than
+        stay (512 on CPU, 2816 on GPUs) for "reward" and "reward_to_go". On CPU rows outside the
+        mask and rows without a gradient cost nothing.
+    Memory: beside the gradients, in fp32, the logits of those rows: 64 MiB on CPU for V 32k; 2.4
+        GiB on GPUs for V 256k.
     Numerics: products in fp32, so that a KL of 1e-5 nats per token is right; the gradient of weight
-        is summed in fp32. Gradients flow to hidden and weight, each only if it requires one.
+        is summed in fp32, and returned so where weight.grad_dtype is torch.float32: micro-batches
+        then add up in weight.grad, which may be a buffer of the caller's, without a rounding.
+        Gradients flow to hidden and weight, each only if it requires one.
     """
     checks.head(temperature, softcap)
     checks.linear(hidden, weight, "hidden", "weight")

@@ -45,26 +45,20 @@ class Product:
 
 
 class Gradients:
-    """Sums over tiles of dlogits: [n, D] of the states, [V, D] of the weight."""
+    """Sums over tiles of dlogits, in fp32: [n, D] of the states, [V, D] of the weight."""
 
     def __init__(self, product: Product, needs_states: bool, needs_weight: bool) -> None:
         self.product, self.needs_states, self.needs_weight = product, needs_states, needs_weight
-        self.states = torch.zeros_like(product.states) if needs_states else torch.empty(0)
-        of = product.weight
-        self.weight = of.new_empty(0)
-        if needs_weight:
-            self.weight = torch.empty_like(of) if product.rows else torch.zeros_like(of)
-        direct = of.dtype == torch.float32
-        self.scratch = None if direct else torch.empty(product.columns, of.shape[1])
+        states, weight = product.states, product.weight
+        self.states = torch.zeros(states.shape if needs_states else 0)
+        # written whole by the first rows, if there are any
+        make = torch.empty if product.rows else torch.zeros
+        self.weight = make(weight.shape if needs_weight else 0)
 
     def add(self, piece: slice, first: int, dlogits: Tensor) -> None:
         states, head = self.product.states[piece], self.product.head
         if self.needs_states:
             self.states[piece].addmm_(dlogits, head)
-        if not self.needs_weight:
-            return
-        target = self.weight[first : first + len(head)]
-        total = target if self.scratch is None else self.scratch[: len(head)]
-        total.addmm_(dlogits.T, states, beta=int(piece.start > 0))
-        if total is not target and piece.stop == len(self.product.states):
-            target.copy_(total)
+        if self.needs_weight:
+            target = self.weight[first : first + len(head)]
+            target.addmm_(dlogits.T, states, beta=int(piece.start > 0))

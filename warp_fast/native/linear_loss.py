@@ -109,10 +109,7 @@ def linear_token_stats_backward_cpp(
     needs_weight: bool,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3]; what is not needed comes empty.
-
-    Numerics: both are summed in fp32.
-    """
+    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3], in fp32; empty where not needed."""
     options = (token_ids, anchor_hidden, anchor_weight, temperature, softcap, exact_kl)
     if upstream.dtype == torch.float64:
         return reference.linear_token_stats_backward_reference(
@@ -136,9 +133,9 @@ def linear_token_stats_backward_cpp(
             other = None if others is None else next(others)[2]
             head.gradient(logits, other, ids[piece], coefficients[piece], logits, first)
             gradients.add(piece, first, logits)
-    dhidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
+    dhidden = torch.zeros(hidden.shape if needs_hidden else 0)
     if needs_hidden:
-        dhidden[rows] = gradients.states.to(hidden.dtype)
+        dhidden[rows] = gradients.states
     return dhidden, gradients.weight
 
 

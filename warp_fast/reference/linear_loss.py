@@ -107,20 +107,17 @@ def linear_token_stats_backward_reference(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3]; what is not needed comes empty.
+    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3], in its dtype.
 
-    Numerics: dweight is summed in fp32 over the chunks.
+    What is not needed comes empty.
     """
     heads = Heads(hidden, weight, anchor_hidden, anchor_weight, temperature, softcap)
-    needs = (needs_hidden, needs_weight)
-    dhidden, dweight = _gradients(heads, upstream, token_ids, exact_kl, needs)
-    return dhidden.to(hidden.dtype), dweight.to(weight.dtype)
+    return _gradients(heads, upstream, token_ids, exact_kl, (needs_hidden, needs_weight))
 
 
 def _gradients(
     heads: Heads, upstream: Tensor, token_ids: Tensor, exact_kl: str, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of upstream."""
     hidden, weight, anchor_hidden, anchor_weight, temperature, softcap = heads
     needs_hidden, needs_weight = needs
     dtype = upstream.dtype
