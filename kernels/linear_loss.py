@@ -1,9 +1,9 @@
 """The statistics of the loss, their gradient and the loss from hidden states and a head.
 
-Per part of some hundred rows: logits in fp32 from one GEMM and the kernels of `loss.py` on them.
-Gradients of logits are collected for a block of some thousand rows, for two more GEMMs. The loss
-makes them in the forward pass, while it has the logits: before the coefficients of the rows are
-known, which then scale the rows of both GEMMs instead.
+GEMMs make logits in fp32, on which the kernels of `loss.py` work. The loss makes its gradients in
+the forward pass, while it has the logits of some rows: those of a block of rows in bf16, before the
+coefficients of the rows are known, which scale the rows of two more GEMMs instead. The backward
+pass of the statistics has the vocabulary as its outer loop, and a tile of logits at a time.
 
 No GEMM is told on the host how many rows a mask keeps, which would wait for the GPU: a masked row
 costs its share of the GEMMs, though no pass over its logits, and what it holds is never read into a
@@ -31,11 +31,13 @@ from warp_fast.kernels.loss import Found, Rows, check_on_host, row_gradient, row
 from warp_fast.reference.linear_loss import Heads, LinearLoss
 from warp_fast.reference.loss import Stats
 
-# rows whose logits are alive: 0.5 GiB for each head of 256k tokens
-_PART = 512
-# Rows whose gradients of logits are: 1.4 GiB in bf16. The gradient of the weight is read and
+# rows whose logits are alive, all columns: 0.4 GiB of 256k tokens
+_PART = 384
+# Rows whose gradients of logits are kept: 1.5 GiB in bf16. The gradient of the weight is read and
 # written in fp32 once for so many: a fifteenth of the time of the GEMMs, whatever V and D are.
-_BLOCK = 2816
+_BLOCK = 3072
+# a tile of the backward pass: 256 MiB
+_ROWS, _COLUMNS = 4096, 16384
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -55,12 +57,12 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right, out_dtype=dtype)
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
-    """total = beta total + left @ right, summed in the dtype of total."""
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in the dtype of total."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right, beta=beta)
+        total.addmm_(left, right)
     else:
-        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 def _cut(whole: slice, size: int) -> Iterator[slice]:
@@ -68,34 +70,60 @@ def _cut(whole: slice, size: int) -> Iterator[slice]:
     return (slice(at, min(at + size, whole.stop)) for at in range(whole.start, whole.stop, size))
 
 
-class _Logits:
-    """Makes the logits of policy and anchor, a part of the rows at a time."""
+def _within(whole: slice, part: slice) -> slice:
+    """The place of a part in what it is a part of."""
+    return slice(part.start - whole.start, part.stop - whole.start)
 
-    def __init__(
-        self, heads: Heads, token_ids: Tensor, kept: Tensor, exact_kl: str, anchored: bool
-    ) -> None:
+
+class _Logits:
+    """Makes the logits of policy and anchor, for some rows and columns at a time."""
+
+    def __init__(self, heads: Heads, token_ids: Tensor, kept: Tensor, exact_kl: str) -> None:
         self.dtype = heads.compute_dtype
         self.policy = _operands(heads.hidden, heads.weight, self.dtype)
         self.anchor = None
-        if anchored and heads.anchor_hidden is not None and heads.anchor_weight is not None:
+        if heads.anchor_hidden is not None and heads.anchor_weight is not None:
             self.anchor = _operands(heads.anchor_hidden, heads.anchor_weight, self.dtype)
         self.token_ids, self.kept = token_ids, kept
-        self.head = (heads.temperature, heads.softcap, exact_kl)
+        self.temperature, self.softcap, self.exact_kl = heads.temperature, heads.softcap, exact_kl
 
-    def rows(self, part: slice) -> Rows:
-        anchor = None if self.anchor is None else self._product(self.anchor, part)
-        logits = self._product(self.policy, part)
-        return Rows.of(logits, anchor, self.token_ids[part], self.kept[part], self.head)
+    def rows(self, part: slice, columns: slice | None = None) -> Rows:
+        """Of the policy, and for an exact KL of the anchor beside it."""
+        beside = self.anchor is not None and self.exact_kl != ""
+        anchor = self._product(self.anchor, part, columns) if beside else None
+        logits = self._product(self.policy, part, columns)
+        ids = self.token_ids[part] - (0 if columns is None else columns.start)
+        head = (self.temperature, self.softcap, self.exact_kl)
+        return Rows.of(logits, anchor, ids, self.kept[part], head)
 
-    def _product(self, operands: tuple[Tensor, Tensor], part: slice) -> Tensor:
-        return _product(operands[0][part], operands[1].T, self.dtype)
+    def anchor_rows(self, part: slice) -> Rows:
+        """Of the anchor as if it were the policy."""
+        logits = self._product(self.anchor, part, None)
+        head = (self.temperature, self.softcap, "")
+        return Rows.of(logits, None, self.token_ids[part], self.kept[part], head)
+
+    def _product(
+        self, operands: tuple[Tensor, Tensor] | None, part: slice, columns: slice | None
+    ) -> Tensor:
+        assert operands is not None
+        states, weight = operands
+        return _product(states[part], weight[columns or slice(None)].T, self.dtype)
+
+    def add_anchor(self, part: slice, out: Found) -> None:
+        """Its log-probs where no exact KL found them: one head's logits in memory at a time."""
+        if self.anchor is None or self.exact_kl:
+            return
+        found = Found.empty(out.logprobs, len(out.logprobs), self.dtype)
+        row_statistics(self.anchor_rows(part), found, entropy=False)
+        out.anchor_logprobs.copy_(found.logprobs)
 
 
 class _Gradients:
-    """Gradients of logits, a block of rows at a time, and what they sum to.
+    """What the gradients of logits sum to.
 
     Attributes:
-        block: rows of a block, at most.
+        rounded: dtype that those gradients have.
+        operands: hidden and weight as their GEMMs take them.
         states: [N, D] of hidden; weight: [V, D]; both in the dtype of the computation.
     """
 
@@ -103,43 +131,34 @@ class _Gradients:
         dtype = heads.compute_dtype
         hidden, weight = heads[:2]
         both_bf16 = hidden.dtype == weight.dtype == torch.bfloat16
-        rounded = torch.bfloat16 if both_bf16 and dtype == torch.float32 else dtype
-        self.block = max(1, _BLOCK * 2 // rounded.itemsize)
-        self.needs, self.dtype = needs, dtype
+        self.rounded = torch.bfloat16 if both_bf16 and dtype == torch.float32 else dtype
         # the GEMMs take bf16 on a GPU alone, but dlogits are rounded alike everywhere
         states, matrix = _operands(hidden, weight, dtype)
         operand = states.dtype if both_bf16 else dtype
-        self.operands = states.to(operand), matrix.to(operand)
-        rows = min(self.block, len(hidden))
-        self.dlogits = hidden.new_empty((rows, len(weight)), dtype=rounded)
+        self.needs, self.operands = needs, (states.to(operand), matrix.to(operand))
         self.states, self.weight = (
             torch.zeros_like(of, dtype=dtype) if need else of.new_empty(0, dtype=dtype)
             for of, need in zip((hidden, weight), needs, strict=True)
         )
-        self.begun = False
 
-    def put(self, rows: Rows, state: Tensor, upstream: Tensor, place: slice) -> None:
-        """Gradients of the logits of some rows of the block."""
-        row_gradient(rows, state.contiguous(), upstream.contiguous(), self.dlogits[place])
-
-    def add(self, block: slice, live: Tensor, scale: Tensor | None) -> None:
-        """Two GEMMs of what was put; rows that are not live hold anything.
+    def add(
+        self, rows: slice, columns: slice, dlogits: Tensor, live: Tensor, scale: Tensor | None
+    ) -> None:
+        """Two GEMMs; rows that are not live may hold anything.
 
         scale: [n], what the gradients of the logits of a row are to be multiplied by.
         """
-        states, matrix = self.operands
-        dlogits = self.dlogits[: block.stop - block.start].to(matrix.dtype)
+        states, matrix = (x[part] for x, part in zip(self.operands, (rows, columns), strict=True))
+        dlogits = dlogits.to(matrix.dtype)
         if self.needs[0]:
-            found = _product(dlogits, matrix, self.dtype)
+            # 0 * NaN of a row without a gradient must not reach the sum, nor below
+            found = _product(dlogits, matrix, self.states.dtype)
             found = found if scale is None else found * scale[:, None]
-            self.states[block] = torch.where(live[:, None], found, 0)
+            self.states[rows] += torch.where(live[:, None], found, 0)
         if self.needs[1]:
-            right = states[block]
-            right = right if scale is None else (right * scale[:, None]).to(right.dtype)
-            # 0 * NaN of a row without a gradient must not reach the sum
-            right = torch.where(live[:, None], right, 0)
-            _accumulate(self.weight, dlogits.T, right, int(self.begun))
-            self.begun = True
+            states = states if scale is None else (states * scale[:, None]).to(states.dtype)
+            states = torch.where(live[:, None], states, 0)
+            _accumulate(self.weight[columns], dlogits.T, states)
 
 
 def linear_token_stats_triton(
@@ -162,9 +181,10 @@ def linear_token_stats_triton(
     heads = Heads(hidden, weight, anchor_hidden, anchor_weight, temperature, softcap)
     out = Found.empty(hidden, len(token_ids), heads.compute_dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = _Logits(heads, token_ids, mask, exact_kl, anchored=True)
+        logits = _Logits(heads, token_ids, mask, exact_kl)
         for part in _cut(slice(0, len(token_ids)), _PART):
             row_statistics(logits.rows(part), out.at(part), entropy)
+            logits.add_anchor(part, out.at(part))
     return out
 
 
@@ -190,28 +210,24 @@ def linear_token_stats_backward_triton(
         else stays fp32 (so do its GEMMs, which for fp16 are slow: fp16 would lose small gradients).
         dweight is summed in fp32 over all rows.
     """
-    heads = Heads(hidden, weight, anchor_hidden, anchor_weight, temperature, softcap)
+    anchor = (anchor_hidden, anchor_weight) if exact_kl else (None, None)
+    heads = Heads(hidden, weight, *anchor, temperature, softcap)
     live = (upstream != 0).any(1)
     if state is None:
-        anchor = (anchor_hidden, anchor_weight) if exact_kl else (None, None)
         head = (temperature, softcap, exact_kl)
         state = linear_token_stats_triton(hidden, weight, token_ids, live, *anchor, *head, True)[4]
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = _Logits(heads, token_ids, live, exact_kl, anchored=bool(exact_kl))
+        logits = _Logits(heads, token_ids, live, exact_kl)
         gradients = _Gradients(heads, (needs_hidden, needs_weight))
-        for block in _cut(slice(0, len(token_ids)), gradients.block):
-            _put_block(gradients, logits, block, state, upstream[block])
-            gradients.add(block, live[block], None)
+        for columns in _cut(slice(0, len(weight)), _COLUMNS):
+            for part in _cut(slice(0, len(token_ids)), _ROWS):
+                rows = logits.rows(part, columns)
+                out = rows.logits
+                if out.dtype != gradients.rounded:
+                    out = torch.empty_like(out, dtype=gradients.rounded)
+                row_gradient(rows, state[part].contiguous(), upstream[part].contiguous(), out)
+                gradients.add(part, columns, out, live[part], None)
     return gradients.states, gradients.weight
-
-
-def _put_block(
-    gradients: _Gradients, logits: _Logits, block: slice, state: Tensor, upstream: Tensor
-) -> None:
-    """The gradients of the logits of a block, which are made for it; upstream is of the block."""
-    for part in _cut(block, _PART):
-        place = slice(part.start - block.start, part.stop - block.start)
-        gradients.put(logits.rows(part), state[part], upstream[place], place)
 
 
 def linear_loss_triton(
@@ -229,9 +245,9 @@ def linear_loss_triton(
     check_on_host(tokens.token_ids, tokens.mask, heads.weight.shape[0])
     out = Found.empty(heads.hidden, count, heads.compute_dtype)
     with torch.autocast(heads.hidden.device.type, enabled=False):
-        logits = _Logits(heads, tokens.token_ids, tokens.mask, exact_kl, anchored=True)
+        logits = _Logits(heads, tokens.token_ids, tokens.mask, exact_kl)
         making = _Making(logits, _Gradients(heads, needs), out, tokens, terms, entropy)
-        for group in _groups(count, tokens.longest, terms.kl in COUPLED, making.gradients.block):
+        for group in _groups(count, tokens.longest, terms.kl in COUPLED, making.block):
             making.add_group(group)
     stats = with_given_anchor(Stats(*out[:4]), terms)
     made = making.gradients
@@ -255,38 +271,49 @@ class _Making:
     terms: Terms
     entropy: bool
 
+    def __post_init__(self) -> None:
+        of, vocabulary = self.logits.token_ids, len(self.gradients.operands[1])
+        self.block = max(1, _BLOCK * 2 // self.gradients.rounded.itemsize)
+        rows = min(self.block, len(of)) if any(self.gradients.needs) else 0
+        self.dlogits = of.new_empty((rows, vocabulary), dtype=self.gradients.rounded)
+
     def add_group(self, group: slice) -> None:
         """Rows whose coefficients depend on no other row; the last block is made only once."""
-        blocks = list(_cut(group, self.gradients.block))
+        blocks = list(_cut(group, self.block))
         for block in blocks:
-            self._add_statistics(block, block is blocks[-1])
+            self._add_statistics(block, block is blocks[-1] and any(self.gradients.needs))
         if not any(self.gradients.needs):
             return
         upstream = self._slopes(group)
         for block in reversed(blocks):
-            here = slice(block.start - group.start, block.stop - group.start)
-            given, scale = upstream[here], None
+            given, scale = upstream[_within(group, block)], None
             if block is not blocks[-1]:
-                _put_block(self.gradients, self.logits, block, self.out.state, given)
-            elif not exact_kl_of(self.terms):
+                for part in _cut(block, _PART):
+                    self._put(self.logits.rows(part), block, part, given[_within(block, part)])
+            elif not self.logits.exact_kl:
                 scale = given[:, 0]
-            self.gradients.add(block, (given != 0).any(1), scale)
+            dlogits = self.dlogits[: len(given)]
+            self.gradients.add(block, slice(None), dlogits, (given != 0).any(1), scale)
 
     def _add_statistics(self, block: slice, keep: bool) -> None:
         """And, to keep, the gradients of the logits: the exact KL knows their coefficients by now,
         the others are of the log-prob itself."""
         for part in _cut(block, _PART):
-            rows = self.logits.rows(part)
-            row_statistics(rows, self.out.at(part), self.entropy)
-            if not keep or not any(self.gradients.needs):
-                continue
-            if exact_kl_of(self.terms):
-                upstream = self._slopes(part)
-            else:
-                upstream = self.out.logprobs.new_zeros((part.stop - part.start, 3))
-                upstream[:, 0] = 1
-            place = slice(part.start - block.start, part.stop - block.start)
-            self.gradients.put(rows, self.out.state[part], upstream, place)
+            rows, out = self.logits.rows(part), self.out.at(part)
+            row_statistics(rows, out, self.entropy)
+            if keep and self.logits.exact_kl:
+                self._put(rows, block, part, self._slopes(part))
+            elif keep:
+                of_logprobs = torch.zeros_like(out.logprobs)[:, None].repeat(1, 3)
+                of_logprobs[:, 0] = 1
+                self._put(rows, block, part, of_logprobs)
+            del rows
+            self.logits.add_anchor(part, out)
+
+    def _put(self, rows: Rows, block: slice, part: slice, upstream: Tensor) -> None:
+        """Gradients of the logits of a part of the block."""
+        out, state = self.dlogits[_within(block, part)], self.out.state[part]
+        row_gradient(rows, state.contiguous(), upstream.contiguous(), out)
 
     def _slopes(self, rows: slice) -> Tensor:
         terms = self.terms.at(rows)

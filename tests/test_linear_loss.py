@@ -151,6 +151,23 @@ def test_every_backward_pass_gives_the_same(dtype: torch.dtype, backend: str) ->
 
 
 @served
+@pytest.mark.parametrize("kl", ["reward", "reward_to_go", "k2", "reverse"])
+def test_low_memory_gives_the_same(kl: Any, backend: str) -> None:
+    leaves, options = problem()
+    found = []
+    for low_memory in (False, True):
+        result = warp_fast.linear_warp_loss(
+            *leaves, **options, kl=kl, low_memory=low_memory, backend=backend
+        )
+        node: Any = result.loss.grad_fn
+        while not hasattr(node, "made"):
+            node = node.next_functions[0][0]
+        assert (node.made == [None, None]) == low_memory
+        found.append([result.loss, *torch.autograd.grad(result.loss, leaves)])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@served
 @pytest.mark.parametrize("kl", ["reward", "reverse"])
 def test_gradients_through_loss_and_values_add_up(kl: Any, backend: str) -> None:
     leaves, options = problem()

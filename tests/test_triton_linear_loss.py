@@ -27,13 +27,14 @@ CAPPED = (0.7, 5.0)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_chunks_of_rows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kl: str) -> None:
     monkeypatch.setattr(linear, "_PART", 2)
-    monkeypatch.setattr(linear, "_BLOCK", 3)
+    monkeypatch.setattr(linear, "_ROWS", 3)
+    monkeypatch.setattr(linear, "_COLUMNS", 2)
     check(*problem("linear", 5, 7, dtype), some_mask(5), CAPPED, kl)
 
 
 def test_gradient_of_the_weight_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over 300 blocks of one row: in bf16 the sum would stop growing after 256 of them."""
-    monkeypatch.setattr(linear, "_BLOCK", 1)
+    """Over 300 tiles of one row: in bf16 the sum would stop growing after 256 of them."""
+    monkeypatch.setattr(linear, "_ROWS", 1)
     monkeypatch.setattr(linear, "row_gradient", lambda rows, state, upstream, out: out.fill_(1))
     hidden, weight = torch.ones(300, 2, dtype=BF16), torch.ones(3, 2, dtype=BF16)
     upstream, ids = torch.ones(300, 3), torch.zeros(300, dtype=torch.long)
@@ -53,11 +54,9 @@ def test_gemms_of_16_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -
         seen.append(a.dtype)
         return mm(a, b) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
 
-    def wide_addmm(
-        total: Tensor, a: Tensor, b: Tensor, beta: int, out_dtype: Any, out: Tensor
-    ) -> Tensor:
+    def wide_addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: Any, out: Tensor) -> Tensor:
         seen.append(a.dtype)
-        return addmm(total, a.to(out_dtype), b.to(out_dtype), beta=beta, out=out)
+        return addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)
 
     leaves, anchor, ids = problem("linear", 3, 9, dtype)
     upstream = torch.randn(3, 3) * some_mask(3)[:, None]

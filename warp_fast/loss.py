@@ -228,6 +228,7 @@ def linear_warp_loss(
     clip_range: float | tuple[float, float] | None = None,
     normalizer: Normalizer = "sequence",
     return_entropy: bool = False,
+    low_memory: bool = False,
     backend: str = "auto",
 ) -> WarpLoss:
     """`warp_loss` of hidden @ weight.T, without the logits of all rows in memory.
@@ -239,17 +240,18 @@ def linear_warp_loss(
             and "forward".
         anchor_weight: [V, D] head weight of the anchor; None means the policy's, detached (a frozen
             head).
+        low_memory: make the gradients in the backward pass, from logits made again.
         The others: as in `warp_loss`.
 
     Returns, Raises: as `warp_loss`.
 
     Traffic: 8 N V D flops with an anchor and both gradients, all of them forward: the gradients are
-        made while the logits are there and scaled in backward. A gradient through the per-token
-        values makes the logits again, 6 N V D. So does, 2 N V D, a sequence of more rows than
-        stay (512 on CPU, 2816 on GPUs) for "reward" and "reward_to_go". On CPU rows outside the
-        mask and rows without a gradient cost nothing.
-    Memory: beside the gradients, in fp32, the logits of those rows: 64 MiB on CPU for V 32k; 2.4
-        GiB on GPUs for V 256k.
+        made while the logits are there, and scaled in backward. A gradient through the per-token
+        values makes the logits again, 6 N V D. So do, 2 N V D, low_memory and, for "reward" and
+        "reward_to_go", sequences of more rows than stay (512 on CPU, 3072 on GPUs). On CPU rows
+        outside the mask and rows without a gradient cost nothing.
+    Memory: beside the gradients, which are in fp32, some logits: 2 KiB times V on CPU, 7.5 KiB on
+        GPUs; with low_memory 16 MiB on CPU, at most 1.5 KiB times V on GPUs.
     Numerics: products in fp32, so that a KL of 1e-5 nats per token is right; the gradient of weight
         is summed in fp32, and returned so where weight.grad_dtype is torch.float32: micro-batches
         then add up in weight.grad, which may be a buffer of the caller's, without a rounding.
@@ -270,6 +272,7 @@ def linear_warp_loss(
         clip_range,
     )  # fmt: skip
     checks.normalizer(normalizer)
+    make = torch.is_grad_enabled() and not low_memory
     op = _loss_ops.LINEAR_LOSS[resolve("linear_loss", backend, hidden.device)]
     total, *stats = op(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -290,7 +293,7 @@ def linear_warp_loss(
         beta,
         kl,
         return_entropy,
-        *[torch.is_grad_enabled() and part.requires_grad for part in (hidden, weight)],
+        *[make and part.requires_grad for part in (hidden, weight)],
     )
     found = with_given_anchor(Stats(*stats[:4]), terms)
     return _finished(rows, total, found, terms, normalizer, return_entropy)
