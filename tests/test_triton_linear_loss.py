@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import warp_fast
 from tests import linear_loss_cases as cases
 from tests.linear_loss_cases import on_device
 from tests.loss_rows import DEVICE, backward, check, forward, linear, problem, some_mask
@@ -108,3 +109,42 @@ def test_gradients_of_the_loss_that_are_not_needed(needs: tuple[bool, bool]) -> 
     cases.check(linear.linear_loss_triton, given, needs)
     found = linear.linear_loss_triton(*given, True, needs)
     assert (found.dhidden.numel() > 0, found.dweight.numel() > 0) == needs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low_memory", [False, True], ids=["made", "low memory"])
+@pytest.mark.parametrize("kl", ["reward", "reward_to_go", "k2", "reverse"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_step_is_captured_in_a_graph(packed: bool, kl: Any, low_memory: bool) -> None:
+    """Which a wait for the GPU would end; other hidden states and mask at the replay."""
+    hidden = torch.randn(2, 300, 64, device=DEVICE, dtype=BF16)
+    weight = torch.randn(50_257, 64, device=DEVICE, dtype=BF16).requires_grad_()
+    ids = torch.randint(0, len(weight), (2, 300), device=DEVICE)
+    mask, anchor = torch.rand(2, 300, device=DEVICE) < 0.7, hidden * 1.01
+    extra: dict[str, Any] = {}
+    if packed:
+        hidden, ids, mask, anchor = (x.flatten(0, 1) for x in (hidden, ids, mask, anchor))
+        extra["cu_seqlens"] = torch.tensor([0, 250, 600], device=DEVICE)
+    states = hidden.requires_grad_()
+    advantages = torch.randn(2, device=DEVICE)
+
+    def run() -> list[Tensor]:
+        loss = warp_fast.linear_warp_loss(
+            states, weight, ids, advantages, anchor_hidden=anchor, mask=mask, kl=kl,
+            low_memory=low_memory, **extra,
+        ).loss  # fmt: skip
+        return [loss, *torch.autograd.grad(loss, [states, weight])]
+
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        run()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        states.mul_(0.9)
+        mask.logical_not_()
+    graph.replay()
+    for a, b in zip(captured, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2.0**-6, atol=1e-5)

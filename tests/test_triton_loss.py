@@ -255,13 +255,12 @@ def results(function, backend, **options):
         *mine, ids, torch.ones(1, device=device), **anchor, mask=mask, temperature=0.7, softcap=3.0,
         return_entropy=True, backend=backend, **options
     )
+    alone = torch.autograd.grad(found.loss, mine, retain_graph=True)
     total = found.loss + (found.entropy + found.kl).sum()
-    return [x.detach() for x in found] + list(torch.autograd.grad(total, mine))
+    return [*[x.detach() for x in found], *alone, *torch.autograd.grad(total, mine)]
 clipped = {"old_logprobs": -torch.rand(1, 3, device=device) - 1, "clip_range": 0.2}
 for kl in ("reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"):
     for function in leaves:
-        if function == "linear_warp_loss" and kl in ("reward_to_go", "k2", "none"):
-            continue  # they differ in what the statistics are used for
         options = {"kl": kl, **(clipped if function == "warp_loss" else {})}
         expected = results(function, "reference", **options)
         for a, b in zip(results(function, "triton", **options), expected):
@@ -273,6 +272,10 @@ torch.library.opcheck(_loss_ops.TOKEN_STATS["triton"], arguments)
 hidden, weight = flat[:, :D].detach().requires_grad_(), leaves["linear_warp_loss"][1]
 arguments = (hidden, weight, *rest, hidden.detach(), weight, 0.7, None, "forward", False)
 torch.library.opcheck(_loss_ops.LINEAR_TOKEN_STATS["triton"], arguments)
+sequence, given = torch.zeros(2, dtype=torch.long, device=device), torch.ones(2, device=device)
+terms = (sequence, 1, 2, given, None, -given, [0.2, 0.3], 0.1, "reward", True, True, True)
+arguments = (hidden, weight, hidden.detach(), weight.detach(), 0.7, None, *rest, *terms)
+torch.library.opcheck(_loss_ops.LINEAR_LOSS["triton"], arguments)
 logprobs = lambda x: warp_fast.token_logprobs(x, ids[0, :2], backend="triton")
 torch.testing.assert_close(
     torch.compile(logprobs, fullgraph=True, backend="aot_eager")(flat), logprobs(flat)
