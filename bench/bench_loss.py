@@ -85,7 +85,7 @@ def batch_of(case: Case, device: torch.device, dtype: torch.dtype, exact: bool =
     )
 
 
-def warp(batch: Batch, backend: str = "auto") -> Tensor:
+def warp(batch: Batch, backend: str = "auto", low_memory: bool = False) -> Tensor:
     return linear_warp_loss(
         batch.hidden,
         batch.weight,
@@ -95,6 +95,7 @@ def warp(batch: Batch, backend: str = "auto") -> Tensor:
         anchor_weight=batch.anchor_weight,
         mask=batch.mask,
         beta=BETA,
+        low_memory=low_memory,
         backend=backend,
     ).loss
 
@@ -107,7 +108,12 @@ def backends(device: torch.device) -> list[str]:
 
 def losses(device: torch.device) -> dict[str, Loss]:
     """Providers by name, ours first."""
-    ours = {f"{OURS}, {b}": partial(warp, backend=b) for b in backends(device)}
+    ours: dict[str, Loss] = {}
+    for backend in backends(device):
+        ours[f"{OURS}, {backend}"] = partial(warp, backend=backend)
+        if backend != "reference":
+            small = partial(warp, backend=backend, low_memory=True)
+            ours[f"{OURS}, {backend}, low_memory"] = small
     return {**ours, **{peer.name: peer.loss for peer in peers()[0]}}
 
 
@@ -128,7 +134,7 @@ def loss_error(loss: Loss, device: torch.device, dtype: torch.dtype) -> float:
 
 
 def loss_bytes(case: Case, itemsize: int) -> int:
-    """Both weights in the forward pass, one again in the backward pass, and its gradient."""
+    """Both weights, that of the policy again for the gradients, and its gradient."""
     return 4 * itemsize * case.vocabulary * case.width
 
 

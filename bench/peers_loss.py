@@ -3,7 +3,7 @@
 Each computes REINFORCE with the KL to an anchor in the reward from hidden states. None does policy,
 anchor and KL in one call, so each is composed of its own as its users would: log-probabilities of
 the policy with gradients, those of the anchor without, and `reinforce` of them. Checked with trl
-1.16.0, liger-kernel 0.8.5, cut-cross-entropy 25.1.1, torch 2.13.
+1.16.0, liger-kernel 0.8.5, verl 0.9.1, cut-cross-entropy 25.1.1, torch 2.13.
 """
 
 from __future__ import annotations
@@ -143,6 +143,21 @@ def trl_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, mask: Tensor
     return found.view(mask.shape)
 
 
+def verl_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
+    """Its Triton kernels on GPUs, its chunks of rows elsewhere; both give the entropy as well."""
+    rows, ids = hidden.flatten(0, 1), token_ids.flatten()
+    found: Tensor
+    if hidden.is_cuda:
+        from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+        found, _ = linear_cross_entropy(rows, weight, ids, 1.0, "none")
+    else:
+        from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+        found, _ = FusedLinearForPPO()(rows, weight, ids)
+    return found.view(mask.shape)
+
+
 def cut_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
     """Its cross entropy of each token, negated; its Triton kernels need a GPU."""
     from cut_cross_entropy import linear_cross_entropy
@@ -219,6 +234,7 @@ def peers() -> tuple[list[LossPeer], list[Absent]]:
             liger_loss,
             partial(missing, "liger-kernel"),
         ),
+        _composed("verl's fused linear head", verl_logprobs, partial(missing, "verl")),
         _composed(
             "cut-cross-entropy as log-probs", cut_logprobs, partial(missing, "cut-cross-entropy")
         ),
