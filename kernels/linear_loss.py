@@ -5,9 +5,9 @@ the forward pass, while it has the logits of some rows: those of a block of rows
 coefficients of the rows are known, which scale the rows of two more GEMMs instead. The backward
 pass of the statistics has the vocabulary as its outer loop, and a tile of logits at a time.
 
-No GEMM is told on the host how many rows a mask keeps, which would wait for the GPU: a masked row
-costs its share of the GEMMs, though no pass over its logits, and what it holds is never read into a
-result. Callers who pack their sequences pay for no such row.
+Rows outside a mask that the host has are left out first. Of a mask on the GPU no GEMM is told how
+many rows it keeps, which would wait for the GPU: a masked row costs its share of the GEMMs, though
+no pass over its logits, and what it holds is never read into a result.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from warp_fast._loss_checks import Terms
 from warp_fast._objective import (
     COUPLED,
     exact_kl_of,
+    groups,
     objective,
     slopes,
     with_given_anchor,
@@ -201,10 +202,12 @@ def linear_token_stats_backward_triton(
     needs_hidden: bool,
     needs_weight: bool,
     state: Tensor | None = None,
+    host_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_token_stats_backward_reference`, without waiting for the GPU.
 
     state: as the forward pass found it, with entropy if that has a gradient; else found again.
+    host_mask: on the CPU, the rows that may have a gradient.
     Traffic: 2 N V D flops for each head, and 2 N V D for each gradient.
     Numerics: the gradient of the logits is rounded to bf16 where hidden and weight are bf16, and
         else stays fp32 (so do its GEMMs, which for fp16 are slow: fp16 would lose small gradients).
@@ -212,14 +215,42 @@ def linear_token_stats_backward_triton(
     """
     anchor = (anchor_hidden, anchor_weight) if exact_kl else (None, None)
     heads = Heads(hidden, weight, *anchor, temperature, softcap)
-    live = (upstream != 0).any(1)
     if state is None:
-        head = (temperature, softcap, exact_kl)
+        live, head = (upstream != 0).any(1), (temperature, softcap, exact_kl)
         state = linear_token_stats_triton(hidden, weight, token_ids, live, *anchor, *head, True)[4]
-    with torch.autocast(hidden.device.type, enabled=False):
+    needs = (needs_hidden, needs_weight)
+    if host_mask is None:
+        return _backward(upstream, heads, token_ids, exact_kl, needs, state)
+    index = _index(host_mask, hidden.device)
+    rows = (x[index] for x in (upstream, token_ids, state))
+    upstream, token_ids, state = rows
+    found, dweight = _backward(upstream, heads.at(index), token_ids, exact_kl, needs, state)
+    return _spread(found, index, len(host_mask)) if needs_hidden else found, dweight
+
+
+def _index(mask: Tensor, device: torch.device) -> Tensor:
+    """[n] the rows inside a mask on the CPU; nothing waits for the device."""
+    return mask.nonzero()[:, 0].to(device, non_blocking=True)
+
+
+def _spread(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """[N, ...] with 0 in the other rows."""
+    return values.new_zeros((count, *values.shape[1:])).index_copy_(0, index, values)
+
+
+def _backward(
+    upstream: Tensor,
+    heads: Heads,
+    token_ids: Tensor,
+    exact_kl: str,
+    needs: tuple[bool, bool],
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    live = (upstream != 0).any(1)
+    with torch.autocast(upstream.device.type, enabled=False):
         logits = _Logits(heads, token_ids, live, exact_kl)
-        gradients = _Gradients(heads, (needs_hidden, needs_weight))
-        for columns in _cut(slice(0, len(weight)), _COLUMNS):
+        gradients = _Gradients(heads, needs)
+        for columns in _cut(slice(0, len(heads.weight)), _COLUMNS):
             for part in _cut(slice(0, len(token_ids)), _ROWS):
                 rows = logits.rows(part, columns)
                 out = rows.logits
@@ -236,18 +267,44 @@ def linear_loss_triton(
     """`linear_loss_reference`, without waiting for the GPU.
 
     Traffic: 8 N V D flops with an anchor and both gradients. Where coefficients depend on a whole
-        sequence, up to 10 if one may have more than `_BLOCK` tokens (packed ones may: their lengths
-        are not known here).
+        sequence, up to 10 if it may have more than `_BLOCK` tokens (packed ones may, if their
+        bounds are on the GPU).
     Numerics: as `linear_token_stats_backward_triton`; where those coefficients scale bf16 hidden
         states these are rounded once more.
     """
-    count, exact_kl = len(tokens.mask), exact_kl_of(terms)
     check_on_host(tokens.token_ids, tokens.mask, heads.weight.shape[0])
-    out = Found.empty(heads.hidden, count, heads.compute_dtype)
+    count, coupled, lengths = len(tokens.mask), terms.kl in COUPLED, None
+    if tokens.on_host is None:
+        if coupled:
+            lengths = [tokens.longest] * (count // max(1, tokens.longest))
+        return _loss(heads, tokens, terms, entropy, needs, lengths)
+    mask, sequence = tokens.on_host
+    index = _index(mask, heads.hidden.device)
+    if coupled:
+        lengths = sequence[mask].bincount().tolist()
+    total, *of_rows, dhidden, dweight = _loss(
+        heads.at(index), tokens.at(index), terms.at(index), entropy, needs, lengths
+    )
+    if needs[0]:
+        dhidden = _spread(dhidden, index, count)
+    of_rows = [_spread(values, index, count) for values in of_rows]
+    return LinearLoss._make([total, *of_rows, dhidden, dweight])
+
+
+def _loss(
+    heads: Heads,
+    tokens: Tokens,
+    terms: Terms,
+    entropy: bool,
+    needs: tuple[bool, bool],
+    lengths: list[int] | None,
+) -> LinearLoss:
+    """lengths: as `groups` takes them."""
+    out = Found.empty(heads.hidden, len(tokens.mask), heads.compute_dtype)
     with torch.autocast(heads.hidden.device.type, enabled=False):
-        logits = _Logits(heads, tokens.token_ids, tokens.mask, exact_kl)
+        logits = _Logits(heads, tokens.token_ids, tokens.mask, exact_kl_of(terms))
         making = _Making(logits, _Gradients(heads, needs), out, tokens, terms, entropy)
-        for group in _groups(count, tokens.longest, terms.kl in COUPLED, making.block):
+        for group in groups(len(tokens.mask), lengths, making.block):
             making.add_group(group)
     stats = with_given_anchor(Stats(*out[:4]), terms)
     made = making.gradients
@@ -319,13 +376,3 @@ class _Making:
         terms = self.terms.at(rows)
         found = with_given_anchor(Stats(*self.out.at(rows)[:4]), terms)
         return slopes(self.tokens.at(rows), found, terms)
-
-
-def _groups(count: int, longest: int, coupled: bool, limit: int) -> Iterator[slice]:
-    """Rows that do not depend on each other, as far as the host knows: whole sequences of the
-    longest length if they are coupled, else about equal parts."""
-    if coupled:
-        size = max(1, limit // max(1, longest)) * max(1, longest)
-    else:
-        size = -(-count // max(1, -(-count // limit)))
-    return _cut(slice(0, count), max(1, size))

@@ -14,7 +14,7 @@ from tests.linear_loss_cases import KINDS, V, call, check, finite, widened
 from warp_fast import _loss_ops
 from warp_fast._backend import MISSING, SERVED
 from warp_fast._loss_checks import EXACT
-from warp_fast._objective import objective, slopes
+from warp_fast._objective import Rows, groups, objective, slopes
 from warp_fast.native import linear_loss as native
 from warp_fast.native._tiles import Product
 from warp_fast.native.loss import Head
@@ -43,6 +43,23 @@ def test_slopes_are_the_derivatives_of_the_objective(kl: str, packed: bool, rati
         allow_unused=True, materialize_grads=True,
     )  # fmt: skip
     torch.testing.assert_close(slopes(rows, stats, terms), torch.stack(found, 1))
+
+
+@pytest.mark.parametrize(
+    "lengths, limit, expected",
+    [
+        (None, 4, [(0, 4), (4, 8), (8, 10)]),
+        (None, 10, [(0, 10)]),
+        ([3, 4, 3], 7, [(0, 7), (7, 10)]),
+        ([3, 4, 3], 6, [(0, 3), (3, 7), (7, 10)]),
+        ([10], 4, [(0, 10)]),
+        ([0, 1, 0, 9, 0], 4, [(0, 1), (1, 10)]),
+    ],
+    ids=str,
+)
+def test_groups(lengths: Any, limit: int, expected: list[tuple[int, int]]) -> None:
+    assert [(x.start, x.stop) for x in groups(10, lengths, limit)] == expected
+    assert groups(0, None if lengths is None else [0, 0], limit) == []
 
 
 @compiled
@@ -112,7 +129,8 @@ def test_opcheck(kl: str, backend: str) -> None:
     hidden, weight, *others = finite(heads)
     given = (
         hidden.requires_grad_(), weight.requires_grad_(), *others, rows.token_ids, rows.mask,
-        rows.sequence, rows.count, rows.longest, terms.advantages, None, terms.old_logprobs,
+        rows.sequence, rows.mask.clone(), rows.sequence.clone(), rows.count, rows.longest,
+        terms.advantages, None, terms.old_logprobs,
         [0.2, 0.3], 0.3, kl, True,
     )  # fmt: skip
     for needs in [(True, True), (False, False)]:
@@ -232,3 +250,40 @@ def test_the_reference_is_what_autograd_gives() -> None:
         expected = torch.autograd.grad(total, leaves)
         torch.testing.assert_close(made.total, total.detach())
         torch.testing.assert_close((made.dhidden, made.dweight), expected)
+
+
+def test_a_mask_on_the_host_stays_there_as_well() -> None:
+    """Beside other devices, of which meta is one that is always there."""
+    meta, mask = torch.device("meta"), torch.arange(6) % 2
+    ids, bounds = torch.zeros(6, dtype=torch.long, device=meta), torch.tensor([0, 2, 6])
+    cases: list[tuple[Tensor, Tensor | None, list[int]]] = [
+        (mask.view(2, 3), None, [0, 0, 0, 1, 1, 1]),
+        (mask, bounds, [0, 0, 1, 1, 1, 1]),
+    ]
+    for given, cu_seqlens, sequence in cases:
+        rows = Rows.of(ids.view(given.shape), given, cu_seqlens, given.shape, meta, "hidden")
+        assert rows.mask.device == rows.sequence.device == meta and rows.on_host is not None
+        assert torch.equal(rows.on_host[0], mask != 0)
+        assert rows.on_host[1].tolist() == sequence
+    padded = torch.Size((2, 3))
+    assert Rows.of(ids.view(2, 3), None, None, padded, meta, "hidden").on_host is None
+    there = mask.to(meta)
+    assert Rows.of(ids.view(2, 3), there.view(2, 3), None, padded, meta, "hidden").on_host is None
+    with pytest.raises(ValueError, match="mask and cu_seqlens must be on one device"):
+        Rows.of(ids, there, bounds, torch.Size((6,)), meta, "hidden")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low_memory", [False, True], ids=["made", "low memory"])
+@pytest.mark.parametrize("kl", ["reward", "k2", "reverse"])
+def test_a_mask_on_the_host_is_the_mask_on_the_gpu(kl: Any, low_memory: bool) -> None:
+    leaves, options = problem(torch.bfloat16)
+    given = [x.detach().cuda().requires_grad_() for x in leaves]
+    moved = {name: value.cuda() for name, value in options.items()}
+    found = []
+    for mask in (moved["mask"], options["mask"]):
+        result = warp_fast.linear_warp_loss(
+            *given, **{**moved, "mask": mask}, kl=kl, low_memory=low_memory
+        )
+        found.append([*result[:4], *torch.autograd.grad(result.loss, given)])
+    torch.testing.assert_close(found[1], found[0], rtol=2.0**-6, atol=1e-3)

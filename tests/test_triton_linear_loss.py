@@ -5,6 +5,7 @@ Its values and gradients are tested with those of rows of logits.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,6 +96,44 @@ def test_groups_of_the_loss(
     monkeypatch.setattr(linear, "_PART", part)
     monkeypatch.setattr(linear, "_BLOCK", 2 * block)  # in bf16; these are fp32
     cases.check(linear.linear_loss_triton, on_device(cases.call(kl, packed, ratio=True)))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("block", [1, 3, 8])
+@pytest.mark.parametrize("kl", ["reward", "k2", "reverse"])
+def test_rows_outside_a_mask_on_the_host_cost_nothing(
+    monkeypatch: pytest.MonkeyPatch, kl: str, block: int, packed: bool
+) -> None:
+    """No product has them, and no group more rows than its sequences keep."""
+    monkeypatch.setattr(linear, "_PART", 2)
+    monkeypatch.setattr(linear, "_BLOCK", 2 * block)
+    heads, rows, terms = cases.call(kl, packed, ratio=True)
+    known = replace(rows, on_host=(rows.mask, rows.sequence))
+    given = on_device((heads, known, terms))
+    cases.check(linear.linear_loss_triton, given)
+    seen: list[int] = []
+    product = linear._product
+
+    def counted(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        seen.append(len(left))
+        found: Tensor = product(left, right, dtype)
+        return found
+
+    monkeypatch.setattr(linear, "_product", counted)
+    linear.linear_loss_triton(*given, False, (False, False))
+    assert sum(seen) == 2 * int(rows.mask.sum())
+
+
+def test_backward_leaves_out_what_the_host_knows() -> None:
+    leaves, anchor, ids = problem("linear", 5, 7)
+    mask = some_mask(5)
+    upstream = torch.randn(5, 3, device=DEVICE) * mask[:, None]
+    rest = (upstream, *leaves, ids, *anchor, *CAPPED, "reverse")
+    for needs in [(True, True), (True, False), (False, True)]:
+        whole = linear.linear_token_stats_backward_triton(*rest, *needs)
+        parts = linear.linear_token_stats_backward_triton(*rest, *needs, None, mask.cpu())
+        for part, full in zip(parts, whole, strict=True):
+            torch.testing.assert_close(part, full)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)

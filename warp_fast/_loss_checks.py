@@ -141,15 +141,20 @@ def layout(
     device: torch.device,
     name: str,
 ) -> None:
-    """Padded [B, T], or packed [N] with cu_seqlens; the mask has the same shape."""
+    """Padded [B, T], or packed [N] with cu_seqlens; the mask has the same shape.
+
+    Both may be on the CPU instead of on the device of the rest.
+    """
+    where = f"on {device} or on the CPU" if device.type != "cpu" else "on cpu"
+    places = (device, torch.device("cpu"))
     if cu_seqlens is None and len(shape) != 2:
         raise ValueError(
             f"{name} must be padded [B, T, ...], or packed [N, ...] with cu_seqlens; got "
             f"{len(shape) + 1} dimensions without cu_seqlens"
         )
-    if mask is not None and (mask.shape != shape or mask.device != device):
+    if mask is not None and (mask.shape != shape or mask.device not in places):
         raise ValueError(
-            f"mask must be {tuple(shape)} on {device}; got {tuple(mask.shape)} on {mask.device}"
+            f"mask must be {tuple(shape)} {where}; got {tuple(mask.shape)} on {mask.device}"
         )
     if cu_seqlens is None:
         return
@@ -159,8 +164,13 @@ def layout(
         raise ValueError(
             f"cu_seqlens must be [B + 1] integers; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens must be on {device}; got {cu_seqlens.device}")
+    if cu_seqlens.device not in places:
+        raise ValueError(f"cu_seqlens must be {where}; got {cu_seqlens.device}")
+    if mask is not None and mask.device != cu_seqlens.device:
+        raise ValueError(
+            f"mask and cu_seqlens must be on one device, {where}; got {mask.device} and "
+            f"{cu_seqlens.device}"
+        )
     if can_look(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != shape[0] or bounds != sorted(bounds):

@@ -37,7 +37,7 @@ _LINEAR_STATS_SCHEMA = (
 _LINEAR_STATS_BACKWARD_SCHEMA = (
     "(Tensor upstream, Tensor hidden, Tensor weight, Tensor token_ids, Tensor? anchor_hidden, "
     f"Tensor? anchor_weight, {_HEAD}, bool needs_hidden, bool needs_weight, "
-    "Tensor? state=None) -> (Tensor, Tensor)"
+    "Tensor? state=None, Tensor? host_mask=None) -> (Tensor, Tensor)"
 )
 
 
@@ -90,15 +90,15 @@ def _upstream(ctx: Any, mask: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
     return torch.where(mask[:, None], stacked, 0)
 
 
-def _kept(state: Tensor) -> tuple[Tensor, ...]:
-    return (state,) if state.shape[1] else ()
+def _kept(state: Tensor) -> Tensor | None:
+    return state if state.shape[1] else None
 
 
 def _stats_autograd(backward: Any) -> Kernel:
     def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, token_ids, mask, anchor_logits, state = ctx.saved_tensors
         upstream = _upstream(ctx, mask, gradients)
-        dlogits = backward(upstream, logits, token_ids, anchor_logits, *ctx.head, *_kept(state))
+        dlogits = backward(upstream, logits, token_ids, anchor_logits, *ctx.head, _kept(state))
         return dlogits, *[None] * 7
 
     return gradient
@@ -124,7 +124,7 @@ def _linear_stats_autograd(backward: Any) -> Kernel:
         upstream = _upstream(ctx, mask, gradients)
         needs = tuple(ctx.needs_input_grad[:2])
         found = backward(
-            upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, *_kept(state)
+            upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, _kept(state)
         )
         return *_rounded(found, (hidden, weight), needs), *[None] * 8
 
@@ -239,9 +239,9 @@ LINEAR_TOKEN_STATS = {
 _LINEAR_LOSS_SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? anchor_hidden, Tensor? anchor_weight, "
     "float temperature, float? softcap, Tensor token_ids, Tensor mask, Tensor sequence, "
-    "SymInt count, SymInt longest, Tensor advantages, Tensor? anchor_logprobs, "
-    "Tensor? old_logprobs, float[]? clip_range, float beta, str kl, bool entropy, "
-    "bool needs_hidden, bool needs_weight) -> "
+    "Tensor? host_mask, Tensor? host_sequence, SymInt count, SymInt longest, Tensor advantages, "
+    "Tensor? anchor_logprobs, Tensor? old_logprobs, float[]? clip_range, float beta, str kl, "
+    "bool entropy, bool needs_hidden, bool needs_weight) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -250,12 +250,13 @@ def _grouped(kernel: Kernel) -> Kernel:
     """The kernel of a backend takes (heads, rows, terms, entropy, needs)."""
 
     def run(*given: Any) -> LinearLoss:
-        heads, (token_ids, mask, sequence, count, longest) = Heads(*given[:6]), given[6:11]
-        advantages, anchor_logprobs, old_logprobs, clip_range, beta, kl = given[11:17]
-        rows = Rows(token_ids.shape, token_ids, mask, sequence, count, longest)
+        heads, (token_ids, mask, sequence, *host, count, longest) = Heads(*given[:6]), given[6:13]
+        advantages, anchor_logprobs, old_logprobs, clip_range, beta, kl = given[13:19]
+        on_host = None if host[0] is None else (host[0], host[1])
+        rows = Rows(token_ids.shape, token_ids, mask, sequence, count, longest, on_host)
         clip = None if clip_range is None else (clip_range[0], clip_range[1])
         terms = Terms(advantages, anchor_logprobs, old_logprobs, clip, beta, kl)
-        found: LinearLoss = kernel(heads, rows, terms, given[17], given[18:])
+        found: LinearLoss = kernel(heads, rows, terms, given[19], given[20:])
         return found
 
     return run
@@ -267,7 +268,7 @@ def _fake_linear_loss(state: int) -> Kernel:
         dtype = heads.compute_dtype
         like = heads.hidden
         stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
-        made = _fake_gradients(heads[:2], given[18:], dtype)
+        made = _fake_gradients(heads[:2], given[20:], dtype)
         saved = like.new_empty((count, state), dtype=torch.float64)
         slopes = like.new_empty((count, 3), dtype=dtype)
         return LinearLoss._make([like.new_empty((), dtype=dtype), *stats, saved, slopes, *made])
@@ -276,15 +277,16 @@ def _fake_linear_loss(state: int) -> Kernel:
 
 
 def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    heads, token_ids, mask, kl = Heads(*inputs[:6]), inputs[6], inputs[7], inputs[16]
+    heads, kl = Heads(*inputs[:6]), inputs[18]
+    token_ids, mask, _, host_mask = inputs[6:10]
     found = LinearLoss(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(found.anchor_logprobs, *found[5:])
-    ctx.save_for_backward(*heads[:4], token_ids, mask, found.state, found.slopes)
+    ctx.save_for_backward(*heads[:4], token_ids, mask, host_mask, found.state, found.slopes)
     ctx.head = (heads.temperature, heads.softcap, kl if kl in EXACT else "")
     # given away by the first backward pass, and so not among the saved tensors, which outlive it
     ctx.made = [
-        part.detach() if need else None for part, need in zip(found[-2:], inputs[18:], strict=True)
+        part.detach() if need else None for part, need in zip(found[-2:], inputs[20:], strict=True)
     ]
 
 
@@ -301,14 +303,15 @@ def _scaled(made: Tensor | None, scale: Tensor, of: Tensor) -> Tensor | None:
 def _linear_loss_autograd(backward: Any) -> Kernel:
     def again(ctx: Any, dtotal: Tensor | None, *of_stats: Tensor | None) -> Gradients:
         """The gradients for any upstream, from the logits made again."""
-        hidden, weight, *anchor, token_ids, mask, state, slopes = ctx.saved_tensors
+        hidden, weight, *anchor, token_ids, mask, host_mask, state, slopes = ctx.saved_tensors
         none = torch.zeros_like(slopes[:, 0])
         given = torch.stack([none if x is None else x for x in of_stats], 1)
         upstream = torch.where(mask[:, None], given, 0)
         if dtotal is not None:
             upstream = upstream + slopes * dtotal
-        needs, kept = ctx.needs_input_grad[:2], _kept(state)
-        found = backward(upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, *kept)
+        needs = ctx.needs_input_grad[:2]
+        rest = (*anchor, *ctx.head, *needs, _kept(state), host_mask)
+        found = backward(upstream, hidden, weight, token_ids, *rest)
         return _rounded(found, (hidden, weight), needs)
 
     def gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -324,7 +327,7 @@ def _linear_loss_autograd(backward: Any) -> Kernel:
             parts = [_scaled(part, dtotal, like) for part, like in zip(made, of, strict=True)]
         else:
             parts = again(ctx, dtotal, *of_stats)
-        return *parts, *[None] * 18
+        return *parts, *[None] * 20
 
     return gradient
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,7 @@ class Rows:
         sequence: [N] int64, the sequence of each token.
         count: B.
         longest: no sequence has more tokens; T or N.
+        on_host: mask and sequence on the CPU, where the caller had them there.
     """
 
     shape: torch.Size
@@ -37,6 +39,7 @@ class Rows:
     sequence: Tensor
     count: int
     longest: int
+    on_host: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def of(
@@ -50,7 +53,9 @@ class Rows:
         """Read the layout; raises ValueError or TypeError on what does not fit."""
         checks.token_ids(token_ids, shape, device, name)
         checks.layout(shape, mask, cu_seqlens, device, name)
-        index = torch.arange(token_ids.numel(), device=device)
+        given = [x.device for x in (mask, cu_seqlens) if x is not None]
+        source = given[0] if given else device
+        index = torch.arange(token_ids.numel(), device=source)
         if cu_seqlens is None:
             sequence, count = index // max(1, shape[1]), shape[0]
         else:
@@ -60,13 +65,15 @@ class Rows:
             kept = torch.ones_like(index, dtype=torch.bool)
         else:
             kept = mask.reshape(-1) != 0
+        on_host = (kept, sequence) if source.type == "cpu" else None
+        kept, sequence = (x.to(device, non_blocking=True) for x in (kept, sequence))
         ids = torch.where(kept, token_ids.reshape(-1).long(), 0)
-        return Rows(shape, ids, kept, sequence, count, shape[-1])
+        return Rows(shape, ids, kept, sequence, count, shape[-1], on_host)
 
     def at(self, part: slice | Tensor) -> Rows:
         """Some of the rows, in their order."""
         ids, mask, sequence = self.token_ids[part], self.mask[part], self.sequence[part]
-        return replace(self, shape=ids.shape, token_ids=ids, mask=mask, sequence=sequence)
+        return Rows(ids.shape, ids, mask, sequence, self.count, self.longest)
 
     def total(self, values: Tensor) -> Tensor:
         """[N]: the sum over the sequence of each token."""
@@ -77,6 +84,26 @@ class Rows:
         """[N]: the sum from each token to the end of its sequence."""
         found: Tensor = torch.ops.warp_fast.sums_to_go(values, self.sequence, self.longest)
         return found
+
+
+def groups(count: int, lengths: Iterable[int] | None, limit: int) -> list[slice]:
+    """Cut `count` rows where they do not depend on each other.
+
+    Args:
+        lengths: rows of each sequence, in their order, if those of a sequence depend on each other:
+            then groups are of whole ones, and have more than `limit` rows only if one has; else
+            they are about equal.
+    """
+    if lengths is None:
+        size = max(1, -(-count // max(1, -(-count // limit))))
+        return [slice(at, min(at + size, count)) for at in range(0, count, size)]
+    found, start, stop = [], 0, 0
+    for length in lengths:
+        if stop > start and stop + length - start > limit:
+            found.append(slice(start, stop))
+            start = stop
+        stop += length
+    return [*found, slice(start, stop)] if stop > start else found
 
 
 def objective(rows: Rows, stats: Stats, terms: Terms) -> Tensor:

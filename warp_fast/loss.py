@@ -157,8 +157,8 @@ def warp_loss(
         advantages: [B], or per token; packed with N = B (some sequence is empty), one per sequence.
         anchor_logits: like logits. Needed for "reverse" and "forward".
         anchor_logprobs: [B, T] or [N], at the same temperature; instead of anchor_logits.
-        mask: [B, T] or [N], bool or 0/1; default everything counts.
-        cu_seqlens: [B + 1] integers from 0 to N, the bounds of packed sequences.
+        mask: [B, T] or [N], bool or 0/1; default everything counts. It may be on the CPU.
+        cu_seqlens: [B + 1] integers from 0 to N, the bounds of packed sequences; where the mask is.
         beta: strength of the KL term, finite and >= 0.
         kl: see above.
         temperature, softcap: of policy and anchor alike; softcap first.
@@ -248,8 +248,9 @@ def linear_warp_loss(
     Traffic: 8 N V D flops with an anchor and both gradients, all of them forward: the gradients are
         made while the logits are there, and scaled in backward. A gradient through the per-token
         values makes the logits again, 6 N V D. So do, 2 N V D, low_memory and, for "reward" and
-        "reward_to_go", sequences of more rows than stay (512 on CPU, 3072 on GPUs). On CPU rows
-        outside the mask and rows without a gradient cost nothing.
+        "reward_to_go", sequences of more rows than stay (512 on CPU, 3072 on GPUs). Rows outside a
+        mask on the CPU cost nothing; those outside a mask on a GPU, which only a wait could count,
+        cost their share of the products. On CPU rows without a gradient cost no gradient.
     Memory: beside the gradients, which are in fp32, some logits: 2 KiB times V on CPU, 7.5 KiB on
         GPUs; with low_memory 16 MiB on CPU, at most 1.5 KiB times V on GPUs.
     Numerics: products in fp32, so that a KL of 1e-5 nats per token is right; the gradient of weight
@@ -284,6 +285,7 @@ def linear_warp_loss(
         rows.token_ids,
         rows.mask,
         rows.sequence,
+        *(rows.on_host or (None, None)),
         rows.count,
         rows.longest,
         terms.advantages,

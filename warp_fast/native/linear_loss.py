@@ -20,6 +20,7 @@ from warp_fast._objective import (
     COUPLED,
     Rows,
     exact_kl_of,
+    groups,
     objective,
     slopes,
     with_given_anchor,
@@ -108,6 +109,7 @@ def linear_token_stats_backward_cpp(
     needs_hidden: bool,
     needs_weight: bool,
     state: Tensor | None = None,
+    host_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dhidden [N, D], dweight [V, D]) from upstream [N, 3], in fp32; empty where not needed."""
     options = (token_ids, anchor_hidden, anchor_weight, temperature, softcap, exact_kl)
@@ -200,23 +202,22 @@ class _Making:
             anchor = Product(anchor_hidden[self.index], anchor_weight)
             _add_anchor(self.head, anchor, self.ids, self.state)
         limit = _KEPT_ROWS // 2 if exact else _KEPT_ROWS
-        groups = _groups(self.rows.sequence, self.terms.kl in COUPLED, limit)
-        longest = max((len(block) for group in groups for block in group), default=0)
-        buffers = [torch.empty(longest * len(weight)) for _ in range(1 + exact)]
-        for group in groups:
-            self._add_group(group, buffers)
+        count, lengths = len(self.index), None
+        if self.terms.kl in COUPLED:
+            lengths = self.rows.sequence.bincount().tolist()
+        size = min(limit, count) * len(weight)
+        buffers = [torch.empty(size) for _ in range(1 + exact)]
+        for group in groups(count, lengths, limit):
+            self._add_group(_blocks(group, limit), buffers)
         if not self.weighed:
             self.dweight.zero_()
 
-    def _add_group(self, blocks: list[range], buffers: list[Tensor]) -> None:
+    def _add_group(self, blocks: list[slice], buffers: list[Tensor]) -> None:
         """Rows whose coefficients depend on no other row; the logits of the last block are kept."""
         for block in blocks:
-            heads = self._heads_of(block, buffers)
-            part = _slice(block)
-            anchor = heads[1] if len(heads) > 1 else None
-            _add_policy(
-                self.head, heads[0].tiles(), anchor, self.ids[part], self.state[part], self.entropy
-            )
+            policy, *anchor = self._heads_of(block, buffers)
+            given = (self.ids[block], self.state[block], self.entropy)
+            _add_policy(self.head, policy.tiles(), anchor[0] if anchor else None, *given)
         whole = slice(blocks[0].start, blocks[-1].stop)
         rows, terms = self.rows.at(whole), self.terms.at(whole)
         found = statistics_of(self.state[whole], self.anchored, self.head.exact_kl, self.entropy)
@@ -226,9 +227,9 @@ class _Making:
             here = slice(block.start - whole.start, block.stop - whole.start)
             self._add_gradient(block, self._heads_of(block, buffers), kept, upstream[here])
 
-    def _heads_of(self, block: range, buffers: list[Tensor]) -> list[Product]:
+    def _heads_of(self, block: slice, buffers: list[Tensor]) -> list[Product]:
         """Policy and, for the exact KL, anchor."""
-        index, given = self.index[_slice(block)], self.heads
+        index, given = self.index[block], self.heads
         pairs = [(given.hidden, given.weight), (given.anchor_hidden, given.anchor_weight)]
         return [
             Product(states[index], weight, buffer, keep=True)
@@ -237,7 +238,7 @@ class _Making:
         ]
 
     def _add_gradient(
-        self, block: range, heads: list[Product], kept: bool, upstream: Tensor
+        self, block: slice, heads: list[Product], kept: bool, upstream: Tensor
     ) -> None:
         """Of the rows whose upstream is not 0; the others cost nothing here."""
         live = upstream.any(1).nonzero()[:, 0]
@@ -250,7 +251,7 @@ class _Making:
         dstates = torch.zeros_like(states)
         for tiles in zip(*[product.tiles(again=kept) for product in heads], strict=True):
             _, first, _ = tiles[0]
-            logits, *other = (t if len(live) == len(block) else t[live] for _, _, t in tiles)
+            logits, *other = (t if len(live) == len(upstream) else t[live] for _, _, t in tiles)
             self.head.gradient(logits, other[0] if other else None, ids, given, logits, first)
             if self.needs[0]:
                 dstates.addmm_(logits, policy.head)
@@ -262,27 +263,5 @@ class _Making:
         self.weighed = True
 
 
-def _slice(block: range) -> slice:
-    return slice(block.start, block.stop)
-
-
-def _groups(sequence: Tensor, coupled: bool, limit: int) -> list[list[range]]:
-    """Cut rows into groups of at most `limit`, each one block.
-
-    Where the rows of a sequence are coupled it stays in one group; if it has more rows than `limit`
-    that group has several blocks.
-    """
-    if not coupled:
-        return [[block] for block in _blocks(0, len(sequence), limit)]
-    bounds, start = [0], 0
-    for length in sequence.bincount().tolist():
-        if start > bounds[-1] and start + length - bounds[-1] > limit:
-            bounds.append(start)
-        start += length
-    return [
-        _blocks(a, b, limit) for a, b in zip(bounds, [*bounds[1:], start], strict=True) if b > a
-    ]
-
-
-def _blocks(start: int, stop: int, limit: int) -> list[range]:
-    return [range(at, min(at + limit, stop)) for at in range(start, stop, limit)]
+def _blocks(group: slice, limit: int) -> list[slice]:
+    return [slice(at, min(at + limit, group.stop)) for at in range(group.start, group.stop, limit)]

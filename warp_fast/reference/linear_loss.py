@@ -29,6 +29,11 @@ class Heads(NamedTuple):
     temperature: float
     softcap: float | None
 
+    def at(self, rows: Tensor) -> Heads:
+        """Those of some of the rows."""
+        anchor = None if self.anchor_hidden is None else self.anchor_hidden[rows]
+        return self._replace(hidden=self.hidden[rows], anchor_hidden=anchor)
+
     @property
     def compute_dtype(self) -> torch.dtype:
         return compute_dtype(*self[:4])
@@ -106,10 +111,12 @@ def linear_token_stats_backward_reference(
     exact_kl: str,
     needs_hidden: bool,
     needs_weight: bool,
+    state: Tensor | None = None,
+    host_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dhidden [N, D], dweight [V, D]) from upstream [N, 3], in its dtype.
 
-    What is not needed comes empty.
+    What is not needed comes empty. state, host_mask: of other backends.
     """
     heads = Heads(hidden, weight, anchor_hidden, anchor_weight, temperature, softcap)
     return _gradients(heads, upstream, token_ids, exact_kl, (needs_hidden, needs_weight))

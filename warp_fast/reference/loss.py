@@ -142,8 +142,12 @@ def token_stats_backward_reference(
     temperature: float,
     softcap: float | None,
     exact_kl: str,
+    state: Tensor | None = None,
 ) -> Tensor:
-    """dlogits [N, V] from upstream [N, 3]; a row whose upstream is 0 gets exactly 0."""
+    """dlogits [N, V] from upstream [N, 3]; a row whose upstream is 0 gets exactly 0.
+
+    state: of other backends; the inputs are enough here.
+    """
     dlogits = torch.zeros_like(logits)
     for piece in _pieces(upstream.any(1).nonzero()[:, 0], logits.shape[1]):
         z = logits[piece].to(upstream.dtype)
