@@ -74,6 +74,7 @@ def batch_of(case: Case, device: torch.device, dtype: torch.dtype, exact: bool =
     first, head, anchor, anchor_head = (
         x.to(device, dtype).to(torch.float64 if exact else dtype) for x in rows
     )
+    mask = torch.rand(shape, generator=make) >= case.masked
     return Batch(
         first.requires_grad_(),
         head.requires_grad_(),
@@ -81,11 +82,14 @@ def batch_of(case: Case, device: torch.device, dtype: torch.dtype, exact: bool =
         anchor_head,
         torch.randint(0, case.vocabulary, shape, generator=make).to(device),
         torch.randn(SEQUENCES, generator=make).to(device),
-        (torch.rand(shape, generator=make) >= case.masked).to(device),
+        mask.to(device),
+        mask,
     )
 
 
-def warp(batch: Batch, backend: str = "auto", low_memory: bool = False) -> Tensor:
+def warp(
+    batch: Batch, backend: str = "auto", low_memory: bool = False, on_host: bool = False
+) -> Tensor:
     return linear_warp_loss(
         batch.hidden,
         batch.weight,
@@ -93,7 +97,7 @@ def warp(batch: Batch, backend: str = "auto", low_memory: bool = False) -> Tenso
         batch.advantages,
         anchor_hidden=batch.anchor_hidden,
         anchor_weight=batch.anchor_weight,
-        mask=batch.mask,
+        mask=batch.mask_on_host if on_host else batch.mask,
         beta=BETA,
         low_memory=low_memory,
         backend=backend,
@@ -114,6 +118,10 @@ def losses(device: torch.device) -> dict[str, Loss]:
         if backend != "reference":
             small = partial(warp, backend=backend, low_memory=True)
             ours[f"{OURS}, {backend}, low_memory"] = small
+        if device.type == "cuda":
+            ours[f"{OURS}, {backend}, mask on the host"] = partial(
+                warp, backend=backend, on_host=True
+            )
     return {**ours, **{peer.name: peer.loss for peer in peers()[0]}}
 
 

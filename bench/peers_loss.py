@@ -34,6 +34,7 @@ class Batch:
     token_ids: Tensor
     advantages: Tensor
     mask: Tensor
+    mask_on_host: Tensor
 
 
 Loss = Callable[[Batch], Tensor]
