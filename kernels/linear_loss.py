@@ -87,6 +87,7 @@ class _Logits:
             self.anchor = _operands(heads.anchor_hidden, heads.anchor_weight, self.dtype)
         self.token_ids, self.kept = token_ids, kept
         self.temperature, self.softcap, self.exact_kl = heads.temperature, heads.softcap, exact_kl
+        self.at_once = 2 if exact_kl else 1  # heads whose logits are alive together
 
     def rows(self, part: slice, columns: slice | None = None) -> Rows:
         """Of the policy, and for an exact KL of the anchor beside it."""
@@ -183,7 +184,7 @@ def linear_token_stats_triton(
     out = Found.empty(hidden, len(token_ids), heads.compute_dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = _Logits(heads, token_ids, mask, exact_kl)
-        for part in _cut(slice(0, len(token_ids)), _PART):
+        for part in _cut(slice(0, len(token_ids)), max(1, _PART // logits.at_once)):
             row_statistics(logits.rows(part), out.at(part), entropy)
             logits.add_anchor(part, out.at(part))
     return out
@@ -251,7 +252,7 @@ def _backward(
         logits = _Logits(heads, token_ids, live, exact_kl)
         gradients = _Gradients(heads, needs)
         for columns in _cut(slice(0, len(heads.weight)), _COLUMNS):
-            for part in _cut(slice(0, len(token_ids)), _ROWS):
+            for part in _cut(slice(0, len(token_ids)), max(1, _ROWS // logits.at_once)):
                 rows = logits.rows(part, columns)
                 out = rows.logits
                 if out.dtype != gradients.rounded:
@@ -329,6 +330,7 @@ class _Making:
     entropy: bool
 
     def __post_init__(self) -> None:
+        self.part = max(1, _PART if any(self.gradients.needs) else _PART // self.logits.at_once)
         of, vocabulary = self.logits.token_ids, len(self.gradients.operands[1])
         self.block = max(1, _BLOCK * 2 // self.gradients.rounded.itemsize)
         rows = min(self.block, len(of)) if any(self.gradients.needs) else 0
@@ -345,7 +347,7 @@ class _Making:
         for block in reversed(blocks):
             given, scale = upstream[_within(group, block)], None
             if block is not blocks[-1]:
-                for part in _cut(block, _PART):
+                for part in _cut(block, self.part):
                     self._put(self.logits.rows(part), block, part, given[_within(block, part)])
             elif not self.logits.exact_kl:
                 scale = given[:, 0]
@@ -355,7 +357,7 @@ class _Making:
     def _add_statistics(self, block: slice, keep: bool) -> None:
         """And, to keep, the gradients of the logits: the exact KL knows their coefficients by now,
         the others are of the log-prob itself."""
-        for part in _cut(block, _PART):
+        for part in _cut(block, self.part):
             rows, out = self.logits.rows(part), self.out.at(part)
             row_statistics(rows, out, self.entropy)
             if keep and self.logits.exact_kl:

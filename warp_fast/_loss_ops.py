@@ -352,6 +352,13 @@ LINEAR_LOSS = {
     "cpp": _define_linear_loss("cpp", native_linear_loss.linear_loss_cpp, "cpu", native_loss.STATE),
 }
 
+# an op, since torch.compile has no segment_reduce
+SEQUENCE_SUMS = define(
+    "sequence_sums",
+    "(Tensor values, Tensor sequence, SymInt count) -> Tensor",
+    reference_loss.sequence_sums_reference,
+    lambda values, _, count: values.new_empty(count),
+)
 # an op, since the number of its steps would tie a trace to a range of sizes
 SUMS_TO_GO = define(
     "sums_to_go",

@@ -251,8 +251,8 @@ def linear_warp_loss(
         "reward_to_go", sequences of more rows than stay (512 on CPU, 3072 on GPUs). Rows outside a
         mask on the CPU cost nothing; those outside a mask on a GPU, which only a wait could count,
         cost their share of the products. On CPU rows without a gradient cost no gradient.
-    Memory: beside the gradients, which are in fp32, some logits: 2 KiB times V on CPU, 7.5 KiB on
-        GPUs; with low_memory 16 MiB on CPU, at most 1.5 KiB times V on GPUs.
+    Memory: beside the gradients, which are in fp32, some logits: 2 KiB times V on CPU, 7.5 KiB (9
+        for an exact KL) times V on GPUs; with low_memory 16 MiB, and 0.4 GiB for V 256k on GPUs.
     Numerics: products in fp32, so that a KL of 1e-5 nats per token is right; the gradient of weight
         is summed in fp32, and returned so where weight.grad_dtype is torch.float32: micro-batches
         then add up in weight.grad, which may be a buffer of the caller's, without a rounding.

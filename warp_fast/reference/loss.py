@@ -161,6 +161,16 @@ def token_stats_backward_reference(
     return dlogits
 
 
+def sequence_sums_reference(values: Tensor, sequence: Tensor, count: int) -> Tensor:
+    """[count]: the sum of each sequence, in fp64 between, and in the same order every time.
+
+    Shapes: values [N]; sequence [N], rising, says whose a token is.
+    """
+    bounds = torch.searchsorted(sequence, torch.arange(count + 1, device=values.device))
+    sums = torch.segment_reduce(values.double(), "sum", offsets=bounds, unsafe=True)
+    return sums.to(values.dtype)
+
+
 def sums_to_go_reference(values: Tensor, sequence: Tensor, longest: int) -> Tensor:
     """[N]: the sum from each token to the last one of its sequence, in fp64 between.
 
