@@ -248,10 +248,10 @@ def linear_warp_loss(
     Traffic: 8 N V D flops with an anchor and both gradients, all of them forward: the gradients are
         made while the logits are there, and scaled in backward. A gradient through the per-token
         values makes the logits again, 6 N V D. So do, 2 N V D, low_memory and, for "reward" and
-        "reward_to_go", sequences of more rows than stay (512 on CPU, 3072 on GPUs). Rows outside a
+        "reward_to_go", sequences of more rows than stay (384 on CPU, 3072 on GPUs). Rows outside a
         mask on the CPU cost nothing; those outside a mask on a GPU, which only a wait could count,
         cost their share of the products. On CPU rows without a gradient cost no gradient.
-    Memory: beside the gradients, which are in fp32, some logits: 2 KiB times V on CPU, 7.5 KiB (9
+    Memory: beside the gradients, which are in fp32, some logits: 1.5 KiB times V on CPU, 7.5 KiB (9
         for an exact KL) times V on GPUs; with low_memory 16 MiB, and 0.4 GiB for V 256k on GPUs.
     Numerics: products in fp32, so that a KL of 1e-5 nats per token is right; the gradient of weight
         is summed in fp32, and returned so where weight.grad_dtype is torch.float32: micro-batches

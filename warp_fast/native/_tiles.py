@@ -14,7 +14,8 @@ Tile = tuple[slice, int, Tensor]  # rows, first column, logits
 
 
 class Product:
-    """states [n, D] @ weight [V, D].T in fp32, a tile at a time in one buffer.
+    """states [n, D] @ weight [V, D].T in fp32, a tile at a time in one buffer, a given one if it is
+    large enough.
 
     The vocabulary is the outer loop. With keep a tile has all rows and a place of its own, so that
     the tiles can be had again.
@@ -27,7 +28,8 @@ class Product:
         self.columns = min(_COLUMNS, len(weight))
         self.rows = len(states) if keep else min(max(1, _TILE // self.columns), len(states))
         size = self.rows * (len(weight) if keep else self.columns)
-        self.buffer = torch.empty(size) if buffer is None else buffer
+        fits = buffer is not None and buffer.numel() >= size
+        self.buffer = buffer if buffer is not None and fits else torch.empty(size)
         self.head = weight[:0]
 
     def tiles(self, again: bool = False) -> Iterator[Tile]:

@@ -31,10 +31,10 @@ from warp_fast.reference import linear_loss as reference
 from warp_fast.reference.linear_loss import Heads, LinearLoss
 from warp_fast.reference.loss import Stats, _check_ids, compute_dtype
 
-# Rows whose logits are kept: 64 MiB of a vocabulary of 32k. The weights are read, and the gradient
+# Rows whose logits are kept: 48 MiB of a vocabulary of 32k. The weights are read, and the gradient
 # of the weight is read and written, once for so many rows: some percent of the time of the
 # products, whatever the sizes are.
-_KEPT_ROWS = 512
+_KEPT_ROWS = 384
 
 
 def linear_token_stats_cpp(
@@ -197,16 +197,15 @@ class _Making:
 
     def run(self) -> None:
         _, weight, anchor_hidden, anchor_weight, *_ = self.heads
-        exact = bool(self.head.exact_kl)
-        if anchor_hidden is not None and anchor_weight is not None and not exact:
-            anchor = Product(anchor_hidden[self.index], anchor_weight)
-            _add_anchor(self.head, anchor, self.ids, self.state)
+        exact, count = bool(self.head.exact_kl), len(self.index)
         limit = _KEPT_ROWS // 2 if exact else _KEPT_ROWS
-        count, lengths = len(self.index), None
-        if self.terms.kl in COUPLED:
-            lengths = self.rows.sequence.bincount().tolist()
         size = min(limit, count) * len(weight)
         buffers = [torch.empty(size) for _ in range(1 + exact)]
+        if anchor_hidden is not None and anchor_weight is not None and not exact:
+            anchor = Product(anchor_hidden[self.index], anchor_weight, buffers[0])
+            _add_anchor(self.head, anchor, self.ids, self.state)
+        coupled = self.terms.kl in COUPLED
+        lengths = self.rows.sequence.bincount().tolist() if coupled else None
         for group in groups(count, lengths, limit):
             self._add_group(_blocks(group, limit), buffers)
         if not self.weighed:
