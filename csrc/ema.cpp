@@ -42,26 +42,11 @@ WARP_FAST_INLINE u32x8 round_stochastic(u32x8 bits, uint64_t first, u32x8 lane,
     return bits + (random_bits16(first, lane, call) & finite);
 }
 
-// PARAM other than bf16: its elements come in order, and so must those of the average
-template <int PARAM>
-WARP_FAST_INLINE Bits load_high(const void* base, int64_t at, int64_t lanes) {
-    if constexpr (PARAM == kBf16) return load_even_odd(base, at, lanes);
-    const Lanes found = load<kBf16>(base, at, lanes);
-    return {bit_cast<u32x8>(found.a), bit_cast<u32x8>(found.b)};
-}
-
+// even and odd elements, as averages of 16 bits are loaded
 template <int PARAM>
 WARP_FAST_INLINE Lanes load_params(const void* base, int64_t at, int64_t lanes) {
     if constexpr (PARAM == kBf16) return as_float(load_even_odd(base, at, lanes));
-    return load<PARAM>(base, at, lanes);
-}
-
-template <int PARAM>
-WARP_FAST_INLINE void store_high(void* base, int64_t at, const Bits& bits, int64_t lanes) {
-    if constexpr (PARAM == kBf16) return store_even_odd(base, at, bits, lanes, false);
-    const u16x8 a = __builtin_convertvector(bits.a >> 16, u16x8);
-    const u16x8 b = __builtin_convertvector(bits.b >> 16, u16x8);
-    store_both(place<kBf16>(base, at), a, b, lanes, false);
+    return even_odd(load<PARAM>(base, at, lanes));
 }
 
 template <int STORAGE, int PARAM>
@@ -73,23 +58,21 @@ WARP_FAST_INLINE void update(const EmaEntry& entry, int64_t at, int64_t lanes, f
         const Lanes moved = {interpolate(start.a, end.a, rate), interpolate(start.b, end.b, rate)};
         return store<kFp32>(entry.ema, at, moved, lanes, false);
     }
-    const Bits high = load_high<PARAM>(entry.ema, at, lanes);
+    const Bits high = load_even_odd(entry.ema, at, lanes);
     const Lanes end = load_params<PARAM>(entry.params, at, lanes);
     if constexpr (STORAGE == kSplit) {
-        const Bits low = load_high<PARAM>(entry.residual, at, lanes);
+        const Bits low = load_even_odd(entry.residual, at, lanes);
         const Bits moved = {moved_bits(high.a + sign_extended(low.a), end.a, rate),
                             moved_bits(high.b + sign_extended(low.b), end.b, rate)};
-        store_high<PARAM>(entry.ema, at, {moved.a + 0x8000u, moved.b + 0x8000u}, lanes);
-        store_high<PARAM>(entry.residual, at, {moved.a << 16, moved.b << 16}, lanes);
+        store_even_odd(entry.ema, at, {moved.a + 0x8000u, moved.b + 0x8000u}, lanes, false);
+        store_even_odd(entry.residual, at, {moved.a << 16, moved.b << 16}, lanes, false);
     } else {
         const uint64_t first = static_cast<uint64_t>(entry.first_index + at);
-        const u32x8 eight = {0, 1, 2, 3, 4, 5, 6, 7};
-        const u32x8 lane_a = PARAM == kBf16 ? 2 * eight : eight;
-        const u32x8 lane_b = lane_a + (PARAM == kBf16 ? 1 : 8);
+        const u32x8 even = {0, 2, 4, 6, 8, 10, 12, 14};
         const Bits rounded = {
-            round_stochastic(moved_bits(high.a, end.a, rate), first, lane_a, call),
-            round_stochastic(moved_bits(high.b, end.b, rate), first, lane_b, call)};
-        store_high<PARAM>(entry.ema, at, rounded, lanes);
+            round_stochastic(moved_bits(high.a, end.a, rate), first, even, call),
+            round_stochastic(moved_bits(high.b, end.b, rate), first, even + 1, call)};
+        store_even_odd(entry.ema, at, rounded, lanes, false);
     }
 }
 

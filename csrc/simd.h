@@ -163,6 +163,17 @@ WARP_FAST_INLINE Lanes as_float(const Bits& bits) {
     return {bit_cast<f32x8>(bits.a), bit_cast<f32x8>(bits.b)};
 }
 
+// sixteen elements in order as even and odd ones
+WARP_FAST_INLINE Lanes even_odd(const Lanes& value) {
+#ifdef __clang__
+    return {__builtin_shufflevector(value.a, value.b, 0, 2, 4, 6, 8, 10, 12, 14),
+            __builtin_shufflevector(value.a, value.b, 1, 3, 5, 7, 9, 11, 13, 15)};
+#else
+    constexpr i32x8 even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
+    return {__builtin_shuffle(value.a, value.b, even), __builtin_shuffle(value.a, value.b, odd)};
+#endif
+}
+
 // what was streamed is visible to whoever waits for this thread
 WARP_FAST_INLINE void finish_streams() {
 #ifdef __SSE2__
