@@ -12,7 +12,6 @@ no pass over its logits, and what it holds is never read into a result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +21,12 @@ from warp_fast._loss_checks import Terms
 from warp_fast._objective import (
     COUPLED,
     exact_kl_of,
-    groups,
     objective,
     slopes,
     with_given_anchor,
 )
 from warp_fast._objective import Rows as Tokens
+from warp_fast._slices import cut, groups, within
 from warp_fast.kernels.loss import Found, Rows, check_on_host, row_gradient, row_statistics
 from warp_fast.reference.linear_loss import Heads, LinearLoss
 from warp_fast.reference.loss import Stats
@@ -64,16 +63,6 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-
-
-def _cut(whole: slice, size: int) -> Iterator[slice]:
-    """Pieces of at most `size` rows."""
-    return (slice(at, min(at + size, whole.stop)) for at in range(whole.start, whole.stop, size))
-
-
-def _within(whole: slice, part: slice) -> slice:
-    """The place of a part in what it is a part of."""
-    return slice(part.start - whole.start, part.stop - whole.start)
 
 
 class _Logits:
@@ -164,27 +153,17 @@ class _Gradients:
 
 
 def linear_token_stats_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    mask: Tensor,
-    anchor_hidden: Tensor | None,
-    anchor_weight: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    exact_kl: str,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    heads: Heads, token_ids: Tensor, mask: Tensor, exact_kl: str, entropy: bool
+) -> Found:
     """`linear_token_stats_reference` and the state for the gradient, without waiting for the GPU.
 
     Traffic: 2 N V D flops for each head; writes and reads fp32 logits, some rows at a time.
     """
-    check_on_host(token_ids, mask, weight.shape[0])
-    heads = Heads(hidden, weight, anchor_hidden, anchor_weight, temperature, softcap)
-    out = Found.empty(hidden, len(token_ids), heads.compute_dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    check_on_host(token_ids, mask, heads.weight.shape[0])
+    out = Found.empty(heads.hidden, len(token_ids), heads.compute_dtype)
+    with torch.autocast(heads.hidden.device.type, enabled=False):
         logits = _Logits(heads, token_ids, mask, exact_kl)
-        for part in _cut(slice(0, len(token_ids)), max(1, _PART // logits.at_once)):
+        for part in cut(slice(0, len(token_ids)), max(1, _PART // logits.at_once)):
             row_statistics(logits.rows(part), out.at(part), entropy)
             logits.add_anchor(part, out.at(part))
     return out
@@ -192,16 +171,10 @@ def linear_token_stats_triton(
 
 def linear_token_stats_backward_triton(
     upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
+    heads: Heads,
     token_ids: Tensor,
-    anchor_hidden: Tensor | None,
-    anchor_weight: Tensor | None,
-    temperature: float,
-    softcap: float | None,
     exact_kl: str,
-    needs_hidden: bool,
-    needs_weight: bool,
+    needs: tuple[bool, bool],
     state: Tensor | None = None,
     host_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -214,19 +187,17 @@ def linear_token_stats_backward_triton(
         else stays fp32 (so do its GEMMs, which for fp16 are slow: fp16 would lose small gradients).
         dweight is summed in fp32 over all rows.
     """
-    anchor = (anchor_hidden, anchor_weight) if exact_kl else (None, None)
-    heads = Heads(hidden, weight, *anchor, temperature, softcap)
+    if not exact_kl:
+        heads = heads._replace(anchor_hidden=None, anchor_weight=None)
     if state is None:
-        live, head = (upstream != 0).any(1), (temperature, softcap, exact_kl)
-        state = linear_token_stats_triton(hidden, weight, token_ids, live, *anchor, *head, True)[4]
-    needs = (needs_hidden, needs_weight)
+        live = (upstream != 0).any(1)
+        state = linear_token_stats_triton(heads, token_ids, live, exact_kl, True).state
     if host_mask is None:
         return _backward(upstream, heads, token_ids, exact_kl, needs, state)
-    index = _index(host_mask, hidden.device)
-    rows = (x[index] for x in (upstream, token_ids, state))
-    upstream, token_ids, state = rows
+    index = _index(host_mask, upstream.device)
+    upstream, token_ids, state = (x[index] for x in (upstream, token_ids, state))
     found, dweight = _backward(upstream, heads.at(index), token_ids, exact_kl, needs, state)
-    return _spread(found, index, len(host_mask)) if needs_hidden else found, dweight
+    return _spread(found, index, len(host_mask)) if needs[0] else found, dweight
 
 
 def _index(mask: Tensor, device: torch.device) -> Tensor:
@@ -251,8 +222,8 @@ def _backward(
     with torch.autocast(upstream.device.type, enabled=False):
         logits = _Logits(heads, token_ids, live, exact_kl)
         gradients = _Gradients(heads, needs)
-        for columns in _cut(slice(0, len(heads.weight)), _COLUMNS):
-            for part in _cut(slice(0, len(token_ids)), max(1, _ROWS // logits.at_once)):
+        for columns in cut(slice(0, len(heads.weight)), _COLUMNS):
+            for part in cut(slice(0, len(token_ids)), max(1, _ROWS // logits.at_once)):
                 rows = logits.rows(part, columns)
                 out = rows.logits
                 if out.dtype != gradients.rounded:
@@ -301,21 +272,33 @@ def _loss(
     lengths: list[int] | None,
 ) -> LinearLoss:
     """lengths: as `groups` takes them."""
+    exact_kl = exact_kl_of(terms.kl)
+    if any(needs):
+        out, gradients = _made(heads, tokens, terms, entropy, needs, lengths)
+    else:
+        out = linear_token_stats_triton(heads, tokens.token_ids, tokens.mask, exact_kl, entropy)
+        gradients = out.logprobs.new_empty(0), out.logprobs.new_empty(0)
+    stats = with_given_anchor(Stats(*out[:4]), terms)
+    total, upstream = objective(tokens, stats, terms), slopes(tokens, stats, terms)
+    return LinearLoss(total, *out, upstream, *gradients)
+
+
+def _made(
+    heads: Heads,
+    tokens: Tokens,
+    terms: Terms,
+    entropy: bool,
+    needs: tuple[bool, bool],
+    lengths: list[int] | None,
+) -> tuple[Found, tuple[Tensor, Tensor]]:
+    """The statistics, and the gradients of hidden and weight."""
     out = Found.empty(heads.hidden, len(tokens.mask), heads.compute_dtype)
     with torch.autocast(heads.hidden.device.type, enabled=False):
-        logits = _Logits(heads, tokens.token_ids, tokens.mask, exact_kl_of(terms))
+        logits = _Logits(heads, tokens.token_ids, tokens.mask, exact_kl_of(terms.kl))
         making = _Making(logits, _Gradients(heads, needs), out, tokens, terms, entropy)
         for group in groups(len(tokens.mask), lengths, making.block):
             making.add_group(group)
-    stats = with_given_anchor(Stats(*out[:4]), terms)
-    made = making.gradients
-    return LinearLoss(
-        objective(tokens, stats, terms),
-        *out,
-        slopes(tokens, stats, terms),
-        made.states,
-        made.weight,
-    )
+    return out, (making.gradients.states, making.gradients.weight)
 
 
 @dataclass
@@ -330,25 +313,23 @@ class _Making:
     entropy: bool
 
     def __post_init__(self) -> None:
-        self.part = max(1, _PART if any(self.gradients.needs) else _PART // self.logits.at_once)
         of, vocabulary = self.logits.token_ids, len(self.gradients.operands[1])
         self.block = max(1, _BLOCK * 2 // self.gradients.rounded.itemsize)
-        rows = min(self.block, len(of)) if any(self.gradients.needs) else 0
-        self.dlogits = of.new_empty((rows, vocabulary), dtype=self.gradients.rounded)
+        self.dlogits = of.new_empty(
+            (min(self.block, len(of)), vocabulary), dtype=self.gradients.rounded
+        )
 
     def add_group(self, group: slice) -> None:
         """Rows whose coefficients depend on no other row; the last block is made only once."""
-        blocks = list(_cut(group, self.block))
+        blocks = list(cut(group, self.block))
         for block in blocks:
-            self._add_statistics(block, block is blocks[-1] and any(self.gradients.needs))
-        if not any(self.gradients.needs):
-            return
+            self._add_statistics(block, block is blocks[-1])
         upstream = self._slopes(group)
         for block in reversed(blocks):
-            given, scale = upstream[_within(group, block)], None
+            given, scale = upstream[within(group, block)], None
             if block is not blocks[-1]:
-                for part in _cut(block, self.part):
-                    self._put(self.logits.rows(part), block, part, given[_within(block, part)])
+                for part in cut(block, _PART):
+                    self._put(self.logits.rows(part), block, part, given[within(block, part)])
             elif not self.logits.exact_kl:
                 scale = given[:, 0]
             dlogits = self.dlogits[: len(given)]
@@ -357,13 +338,13 @@ class _Making:
     def _add_statistics(self, block: slice, keep: bool) -> None:
         """And, to keep, the gradients of the logits: the exact KL knows their coefficients by now,
         the others are of the log-prob itself."""
-        for part in _cut(block, self.part):
+        for part in cut(block, _PART):
             rows, out = self.logits.rows(part), self.out.at(part)
             row_statistics(rows, out, self.entropy)
             if keep and self.logits.exact_kl:
                 self._put(rows, block, part, self._slopes(part))
             elif keep:
-                of_logprobs = torch.zeros_like(out.logprobs)[:, None].repeat(1, 3)
+                of_logprobs = out.logprobs.new_zeros((len(out.logprobs), 3))
                 of_logprobs[:, 0] = 1
                 self._put(rows, block, part, of_logprobs)
             del rows
@@ -371,7 +352,7 @@ class _Making:
 
     def _put(self, rows: Rows, block: slice, part: slice, upstream: Tensor) -> None:
         """Gradients of the logits of a part of the block."""
-        out, state = self.dlogits[_within(block, part)], self.out.state[part]
+        out, state = self.dlogits[within(block, part)], self.out.state[part]
         row_gradient(rows, state.contiguous(), upstream.contiguous(), out)
 
     def _slopes(self, rows: slice) -> Tensor:

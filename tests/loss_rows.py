@@ -83,8 +83,8 @@ def forward(
     if len(leaves) == 1:
         arguments = (*leaves, ids, mask, *(anchor or NO_ANCHOR[:1]), *head, kl, True)
         return list(kernels.token_stats_triton(*arguments))
-    arguments = (*leaves, ids, mask, *(anchor or NO_ANCHOR), *head, kl, True)
-    return list(linear.linear_token_stats_triton(*arguments))
+    heads = linear.Heads(*leaves, *(anchor or NO_ANCHOR), *head)
+    return list(linear.linear_token_stats_triton(heads, ids, mask, kl, True))
 
 
 def backward(
@@ -99,7 +99,8 @@ def backward(
     if len(leaves) == 1:
         arguments = (upstream, *leaves, ids, *(anchor or NO_ANCHOR[:1]), *head, kl, state)
         return [kernels.token_stats_backward_triton(*arguments)]
-    arguments = (upstream, *leaves, ids, *(anchor or NO_ANCHOR), *head, kl, True, True, state)
+    heads = linear.Heads(*leaves, *(anchor or NO_ANCHOR), *head)
+    arguments = (upstream, heads, ids, kl, (True, True), state)
     found: Sequence[Tensor] = linear.linear_token_stats_backward_triton(*arguments)
     return found
 

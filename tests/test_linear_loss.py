@@ -14,7 +14,8 @@ from tests.linear_loss_cases import KINDS, V, call, check, finite, widened
 from warp_fast import _loss_ops
 from warp_fast._backend import MISSING, SERVED
 from warp_fast._loss_checks import EXACT
-from warp_fast._objective import Rows, groups, objective, slopes
+from warp_fast._objective import Rows, objective, slopes
+from warp_fast._slices import groups
 from warp_fast.native import linear_loss as native
 from warp_fast.native._tiles import Product
 from warp_fast.native.loss import Head
@@ -148,6 +149,14 @@ def problem(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict[str,
     return [x.to(dtype).requires_grad_() for x in leaves], options
 
 
+def maker(loss: Tensor) -> Any:
+    """The node that has what was made."""
+    node: Any = loss.grad_fn
+    while not hasattr(node, "made"):
+        node = node.next_functions[0][0]
+    return node
+
+
 @served
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_every_backward_pass_gives_the_same(dtype: torch.dtype, backend: str) -> None:
@@ -177,10 +186,7 @@ def test_low_memory_gives_the_same(kl: Any, backend: str) -> None:
         result = warp_fast.linear_warp_loss(
             *leaves, **options, kl=kl, low_memory=low_memory, backend=backend
         )
-        node: Any = result.loss.grad_fn
-        while not hasattr(node, "made"):
-            node = node.next_functions[0][0]
-        assert (node.made == [None, None]) == low_memory
+        assert (maker(result.loss).made == [None, None]) == low_memory
         found.append([result.loss, *torch.autograd.grad(result.loss, leaves)])
     torch.testing.assert_close(found[1], found[0])
 
@@ -229,9 +235,7 @@ def test_weight_grad_is_summed_in_the_dtype_that_the_caller_asks_for(
 def test_what_was_made_is_given_away(backend: str) -> None:
     leaves, options = problem()
     loss = warp_fast.linear_warp_loss(*leaves, **options, backend=backend).loss
-    node: Any = loss.grad_fn
-    while not hasattr(node, "made"):
-        node = node.next_functions[0][0]
+    node = maker(loss)
     assert all(part is not None for part in node.made)
     torch.autograd.backward(loss)
     assert node.made == [None, None]

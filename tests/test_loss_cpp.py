@@ -15,6 +15,7 @@ from warp_fast._backend import MISSING
 from warp_fast.native import _tiles
 from warp_fast.native import linear_loss as linear
 from warp_fast.native import loss as native
+from warp_fast.reference.linear_loss import Heads
 
 pytestmark = pytest.mark.skipif(MISSING["cpp"] is not None, reason=str(MISSING["cpp"]))
 FP32, FP64 = torch.float32, torch.float64
@@ -186,11 +187,9 @@ def test_gradient_without_the_state_makes_it(exact_kl: str) -> None:
     arguments = (upstream, logits, ids, anchor, *head)
     given = native.token_stats_backward_cpp(*arguments, state)
     assert torch.equal(native.token_stats_backward_cpp(*arguments), given)
-    options = (ids, hidden * 0.9, weight, *head)
-    state = linear.linear_token_stats_cpp(
-        hidden, weight, ids, mask, hidden * 0.9, weight, *head, True
-    )[-1]
+    heads = Heads(hidden, weight, hidden * 0.9, weight, *head[:2])
+    state = linear.linear_token_stats_cpp(heads, ids, mask, exact_kl, True)[-1]
     backward: Any = linear.linear_token_stats_backward_cpp
-    every = (upstream, hidden, weight, *options, True, True)
+    every = (upstream, heads, ids, exact_kl, (True, True))
     for part, whole in zip(backward(*every), backward(*every, state), strict=True):
         assert torch.equal(part, whole)

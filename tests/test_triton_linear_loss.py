@@ -41,9 +41,10 @@ def test_gradient_of_the_weight_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatc
     hidden, weight = torch.ones(300, 2, dtype=BF16), torch.ones(3, 2, dtype=BF16)
     upstream, ids = torch.ones(300, 3), torch.zeros(300, dtype=torch.long)
     state = torch.zeros(300, 8, dtype=torch.float64)
-    rest = (ids.to(DEVICE), None, None, *CAPPED, "", False, True, state.to(DEVICE))
-    given = [x.to(DEVICE) for x in (upstream, hidden, weight)]
-    assert (linear.linear_token_stats_backward_triton(*given, *rest)[1] == 300).all()
+    upstream, hidden, weight = (x.to(DEVICE) for x in (upstream, hidden, weight))
+    rest = (ids.to(DEVICE), "", (False, True), state.to(DEVICE))
+    heads = linear.Heads(hidden, weight, None, None, *CAPPED)
+    assert (linear.linear_token_stats_backward_triton(upstream, heads, *rest)[1] == 300).all()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GEMMs of a GPU are in every other test there")
@@ -79,9 +80,10 @@ def test_gemms_of_16_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
 def test_gradient_of_a_frozen_input_is_not_computed(needs: tuple[bool, bool]) -> None:
     leaves, anchor, ids = problem("linear", 2, 7)
-    rest = (torch.ones(2, 3, device=DEVICE), *leaves, ids, *anchor, *CAPPED, "reverse")
-    whole = linear.linear_token_stats_backward_triton(*rest, True, True)
-    parts = linear.linear_token_stats_backward_triton(*rest, *needs)
+    heads = linear.Heads(*leaves, *anchor, *CAPPED)
+    rest = (torch.ones(2, 3, device=DEVICE), heads, ids, "reverse")
+    whole = linear.linear_token_stats_backward_triton(*rest, (True, True))
+    parts = linear.linear_token_stats_backward_triton(*rest, needs)
     for part, full, needed in zip(parts, whole, needs, strict=True):
         assert torch.equal(part, full) if needed else part.numel() == 0
 
@@ -128,10 +130,10 @@ def test_backward_leaves_out_what_the_host_knows() -> None:
     leaves, anchor, ids = problem("linear", 5, 7)
     mask = some_mask(5)
     upstream = torch.randn(5, 3, device=DEVICE) * mask[:, None]
-    rest = (upstream, *leaves, ids, *anchor, *CAPPED, "reverse")
+    rest = (upstream, linear.Heads(*leaves, *anchor, *CAPPED), ids, "reverse")
     for needs in [(True, True), (True, False), (False, True)]:
-        whole = linear.linear_token_stats_backward_triton(*rest, *needs)
-        parts = linear.linear_token_stats_backward_triton(*rest, *needs, None, mask.cpu())
+        whole = linear.linear_token_stats_backward_triton(*rest, needs)
+        parts = linear.linear_token_stats_backward_triton(*rest, needs, None, mask.cpu())
         for part, full in zip(parts, whole, strict=True):
             torch.testing.assert_close(part, full)
 

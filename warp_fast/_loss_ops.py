@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from warp_fast._backend import TRITON_DEVICE
 from warp_fast._define import Kernel, define, triton
-from warp_fast._loss_checks import EXACT, Terms
-from warp_fast._objective import Rows
+from warp_fast._loss_checks import Terms
+from warp_fast._objective import Rows, exact_kl_of
 from warp_fast.native import linear_loss as native_linear_loss
 from warp_fast.native import loss as native_loss
 from warp_fast.native import loss_cuda as native_loss_cuda
@@ -68,6 +68,26 @@ def _fake_gradients(
     return first, second
 
 
+def _on_heads(kernel: Kernel) -> Kernel:
+    """The statistics by a kernel that takes (heads, token_ids, mask, exact_kl, entropy)."""
+
+    def run(hidden: Tensor, weight: Tensor, token_ids: Tensor, mask: Tensor, *rest: Any) -> Any:
+        return kernel(Heads(hidden, weight, *rest[:4]), token_ids, mask, *rest[4:])
+
+    return run
+
+
+def _backward_on_heads(kernel: Kernel) -> Kernel:
+    """Their gradient by one of (upstream, heads, token_ids, exact_kl, needs, state, host_mask)."""
+
+    def run(upstream: Tensor, hidden: Tensor, weight: Tensor, token_ids: Tensor, *rest: Any) -> Any:
+        *anchor_and_head, exact_kl, needs_hidden, needs_weight = rest[:7]
+        heads, needs = Heads(hidden, weight, *anchor_and_head), (needs_hidden, needs_weight)
+        return kernel(upstream, heads, token_ids, exact_kl, needs, *rest[7:])
+
+    return run
+
+
 def _stateless(forward: Kernel) -> Kernel:
     """The forward op of a backend whose gradient needs the inputs alone."""
 
@@ -83,9 +103,8 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.head = (temperature, softcap, exact_kl)
 
 
-def _upstream(ctx: Any, mask: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
+def _upstream(mask: Tensor, dlogprobs: Tensor, dentropy: Tensor, dkl: Tensor) -> Tensor:
     """[N, 3]: gradients of logprobs, entropy and kl, exactly 0 where masked."""
-    dlogprobs, dentropy, _, dkl, _ = gradients
     stacked = torch.stack([dlogprobs, dentropy, dkl], dim=1)
     return torch.where(mask[:, None], stacked, 0)
 
@@ -97,7 +116,7 @@ def _kept(state: Tensor) -> Tensor | None:
 def _stats_autograd(backward: Any) -> Kernel:
     def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, token_ids, mask, anchor_logits, state = ctx.saved_tensors
-        upstream = _upstream(ctx, mask, gradients)
+        upstream = _upstream(mask, gradients[0], gradients[1], gradients[3])
         dlogits = backward(upstream, logits, token_ids, anchor_logits, *ctx.head, _kept(state))
         return dlogits, *[None] * 7
 
@@ -121,7 +140,7 @@ def _rounded(
 def _linear_stats_autograd(backward: Any) -> Kernel:
     def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, token_ids, mask, *anchor, state = ctx.saved_tensors
-        upstream = _upstream(ctx, mask, gradients)
+        upstream = _upstream(mask, gradients[0], gradients[1], gradients[3])
         needs = tuple(ctx.needs_input_grad[:2])
         found = backward(
             upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, _kept(state)
@@ -212,23 +231,23 @@ LINEAR_TOKEN_STATS = {
     "reference": _define_stats(
         "linear_token_stats",
         "reference",
-        reference_linear_loss.linear_token_stats_reference,
-        reference_linear_loss.linear_token_stats_backward_reference,
+        _on_heads(reference_linear_loss.linear_token_stats_reference),
+        _backward_on_heads(reference_linear_loss.linear_token_stats_backward_reference),
         None,
     ),
     "triton": _define_stats(
         "linear_token_stats",
         "triton",
-        triton("linear_loss", "linear_token_stats_triton"),
-        triton("linear_loss", "linear_token_stats_backward_triton"),
+        _on_heads(triton("linear_loss", "linear_token_stats_triton")),
+        _backward_on_heads(triton("linear_loss", "linear_token_stats_backward_triton")),
         TRITON_DEVICE,
         native_loss.STATE,
     ),
     "cpp": _define_stats(
         "linear_token_stats",
         "cpp",
-        native_linear_loss.linear_token_stats_cpp,
-        native_linear_loss.linear_token_stats_backward_cpp,
+        _on_heads(native_linear_loss.linear_token_stats_cpp),
+        _backward_on_heads(native_linear_loss.linear_token_stats_backward_cpp),
         "cpu",
         native_loss.STATE,
     ),
@@ -246,17 +265,30 @@ _LINEAR_LOSS_SCHEMA = (
 )
 
 
-def _grouped(kernel: Kernel) -> Kernel:
-    """The kernel of a backend takes (heads, rows, terms, entropy, needs)."""
+class _Call(NamedTuple):
+    """The arguments of an op, in groups; so the kernel of a backend takes them."""
 
-    def run(*given: Any) -> LinearLoss:
-        heads, (token_ids, mask, sequence, *host, count, longest) = Heads(*given[:6]), given[6:13]
-        advantages, anchor_logprobs, old_logprobs, clip_range, beta, kl = given[13:19]
-        on_host = None if host[0] is None else (host[0], host[1])
+    heads: Heads
+    rows: Rows
+    terms: Terms
+    entropy: bool
+    needs: tuple[bool, bool]
+
+    @staticmethod
+    def of(given: tuple[Any, ...]) -> _Call:
+        token_ids, mask, sequence, host_mask, host_sequence, count, longest = given[6:13]
+        on_host = None if host_mask is None else (host_mask, host_sequence)
         rows = Rows(token_ids.shape, token_ids, mask, sequence, count, longest, on_host)
+        advantages, anchor_logprobs, old_logprobs, clip_range, beta, kl = given[13:19]
         clip = None if clip_range is None else (clip_range[0], clip_range[1])
         terms = Terms(advantages, anchor_logprobs, old_logprobs, clip, beta, kl)
-        found: LinearLoss = kernel(heads, rows, terms, given[19], given[20:])
+        entropy, needs_hidden, needs_weight = given[19:]
+        return _Call(Heads(*given[:6]), rows, terms, entropy, (needs_hidden, needs_weight))
+
+
+def _grouped(kernel: Kernel) -> Kernel:
+    def run(*given: Any) -> LinearLoss:
+        found: LinearLoss = kernel(*_Call.of(given))
         return found
 
     return run
@@ -264,11 +296,10 @@ def _grouped(kernel: Kernel) -> Kernel:
 
 def _fake_linear_loss(state: int) -> Kernel:
     def fake(*given: Any) -> LinearLoss:
-        heads, count = Heads(*given[:6]), given[6].shape[0]
-        dtype = heads.compute_dtype
-        like = heads.hidden
+        heads, rows, _, _, needs = _Call.of(given)
+        dtype, count, like = heads.compute_dtype, rows.mask.shape[0], heads.hidden
         stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
-        made = _fake_gradients(heads[:2], given[20:], dtype)
+        made = _fake_gradients(heads[:2], needs, dtype)
         saved = like.new_empty((count, state), dtype=torch.float64)
         slopes = like.new_empty((count, 3), dtype=dtype)
         return LinearLoss._make([like.new_empty((), dtype=dtype), *stats, saved, slopes, *made])
@@ -277,17 +308,18 @@ def _fake_linear_loss(state: int) -> Kernel:
 
 
 def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    heads, kl = Heads(*inputs[:6]), inputs[18]
-    token_ids, mask, _, host_mask = inputs[6:10]
+    heads, rows, terms, _, needs = _Call.of(inputs)
     found = LinearLoss(*output)
+    host_mask = None if rows.on_host is None else rows.on_host[0]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(found.anchor_logprobs, *found[5:])
-    ctx.save_for_backward(*heads[:4], token_ids, mask, host_mask, found.state, found.slopes)
-    ctx.head = (heads.temperature, heads.softcap, kl if kl in EXACT else "")
+    ctx.save_for_backward(
+        *heads[:4], rows.token_ids, rows.mask, host_mask, found.state, found.slopes
+    )
+    ctx.head = (heads.temperature, heads.softcap, exact_kl_of(terms.kl))
     # given away by the first backward pass, and so not among the saved tensors, which outlive it
-    ctx.made = [
-        part.detach() if need else None for part, need in zip(found[-2:], inputs[20:], strict=True)
-    ]
+    made = zip((found.dhidden, found.dweight), needs, strict=True)
+    ctx.made = [part.detach() if need else None for part, need in made]
 
 
 def _scaled(made: Tensor | None, scale: Tensor, of: Tensor) -> Tensor | None:
@@ -305,8 +337,7 @@ def _linear_loss_autograd(backward: Any) -> Kernel:
         """The gradients for any upstream, from the logits made again."""
         hidden, weight, *anchor, token_ids, mask, host_mask, state, slopes = ctx.saved_tensors
         none = torch.zeros_like(slopes[:, 0])
-        given = torch.stack([none if x is None else x for x in of_stats], 1)
-        upstream = torch.where(mask[:, None], given, 0)
+        upstream = _upstream(mask, *[none if x is None else x for x in of_stats])
         if dtotal is not None:
             upstream = upstream + slopes * dtotal
         needs = ctx.needs_input_grad[:2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,26 +85,6 @@ class Rows:
         return found
 
 
-def groups(count: int, lengths: Iterable[int] | None, limit: int) -> list[slice]:
-    """Cut `count` rows where they do not depend on each other.
-
-    Args:
-        lengths: rows of each sequence, in their order, if those of a sequence depend on each other:
-            then groups are of whole ones, and have more than `limit` rows only if one has; else
-            they are about equal.
-    """
-    if lengths is None:
-        size = max(1, -(-count // max(1, -(-count // limit))))
-        return [slice(at, min(at + size, count)) for at in range(0, count, size)]
-    found, start, stop = [], 0, 0
-    for length in lengths:
-        if stop > start and stop + length - start > limit:
-            found.append(slice(start, stop))
-            start = stop
-        stop += length
-    return [*found, slice(start, stop)] if stop > start else found
-
-
 def objective(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
     """Z times the loss of `warp_fast.warp_loss`."""
     logp = stats.logprobs
@@ -130,9 +109,9 @@ def slopes(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
     return torch.where(rows.mask[:, None], found, 0)
 
 
-def exact_kl_of(terms: Terms) -> str:
+def exact_kl_of(kl: str) -> str:
     """The KL over the vocabulary that the statistics must hold, or ""."""
-    return terms.kl if terms.kl in checks.EXACT else ""
+    return kl if kl in checks.EXACT else ""
 
 
 def with_given_anchor(stats: Stats, terms: Terms) -> Stats:

@@ -10,7 +10,14 @@ from torch import Tensor
 from warp_fast import _loss_checks as checks
 from warp_fast import _loss_ops
 from warp_fast._backend import resolve
-from warp_fast._objective import Rows, divergence, normalizer_of, objective, with_given_anchor
+from warp_fast._objective import (
+    Rows,
+    divergence,
+    exact_kl_of,
+    normalizer_of,
+    objective,
+    with_given_anchor,
+)
 from warp_fast.reference.loss import Stats
 
 Kl: TypeAlias = Literal["reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"]
@@ -202,7 +209,7 @@ def warp_loss(
         anchor,
         temperature,
         softcap,
-        kl if kl in checks.EXACT else "",
+        exact_kl_of(kl),
         return_entropy,
     )
     found = with_given_anchor(Stats(*stats[:4]), terms)

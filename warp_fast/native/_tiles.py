@@ -46,6 +46,15 @@ class Product:
                 yield piece, first, logits
 
 
+def side_by_side(
+    policy: Product, anchor: Product | None, again: bool = False
+) -> Iterator[tuple[slice, int, Tensor, Tensor | None]]:
+    """The tiles of the policy, each with that of the anchor, if there is one."""
+    others = None if anchor is None else anchor.tiles(again)
+    for tile in policy.tiles(again):
+        yield *tile, None if others is None else next(others)[2]
+
+
 class Gradients:
     """Sums over tiles of dlogits, in fp32: [n, D] of the states, [V, D] of the weight."""
 

@@ -10,8 +10,6 @@ served by the reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -20,16 +18,16 @@ from warp_fast._objective import (
     COUPLED,
     Rows,
     exact_kl_of,
-    groups,
     objective,
     slopes,
     with_given_anchor,
 )
-from warp_fast.native._tiles import Gradients, Product, Tile
+from warp_fast._slices import cut, groups, within
+from warp_fast.native._tiles import Gradients, Product, side_by_side
 from warp_fast.native.loss import STATE, Head, by_row, coefficients_of, new_state, statistics_of
 from warp_fast.reference import linear_loss as reference
 from warp_fast.reference.linear_loss import Heads, LinearLoss
-from warp_fast.reference.loss import Stats, _check_ids, compute_dtype
+from warp_fast.reference.loss import Stats, _check_ids
 
 # Rows whose logits are kept: 48 MiB of a vocabulary of 32k. The weights are read, and the gradient
 # of the weight is read and written, once for so many rows: some percent of the time of the
@@ -38,56 +36,36 @@ _KEPT_ROWS = 384
 
 
 def linear_token_stats_cpp(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    mask: Tensor,
-    anchor_hidden: Tensor | None,
-    anchor_weight: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    exact_kl: str,
-    entropy: bool,
+    heads: Heads, token_ids: Tensor, mask: Tensor, exact_kl: str, entropy: bool
 ) -> tuple[Tensor, ...]:
     """Statistics of hidden @ weight.T, and the [N, 8] state; see `linear_token_stats_reference`.
 
     Traffic: reads both weights once, whatever N is.
     """
-    tensors = (hidden, weight, anchor_hidden, anchor_weight)
-    if compute_dtype(*tensors) == torch.float64:
-        wide = reference.linear_token_stats_reference(
-            hidden, weight, token_ids, mask, *tensors[2:], temperature, softcap, exact_kl, entropy
-        )
+    if heads.compute_dtype == torch.float64:
+        wide = reference.linear_token_stats_reference(heads, token_ids, mask, exact_kl, entropy)
         return *wide, wide[0].new_zeros(len(token_ids), STATE)
     rows = mask.nonzero()[:, 0]
-    _check_ids(token_ids, rows, weight.shape[0])
+    _check_ids(token_ids, rows, heads.weight.shape[0])
     state, ids = new_state(rows), token_ids[rows]
-    head = Head(temperature, softcap, exact_kl)
+    head = Head(heads.temperature, heads.softcap, exact_kl)
     with torch.autocast("cpu", enabled=False):
-        policy = Product(hidden[rows], weight)
+        policy = Product(heads.hidden[rows], heads.weight)
         anchor = None
-        if anchor_hidden is not None and anchor_weight is not None:
-            anchor = Product(
-                anchor_hidden[rows], anchor_weight, None if exact_kl else policy.buffer
-            )
-        _add_policy(head, policy.tiles(), anchor, ids, state, entropy)
+        if heads.anchor_hidden is not None and heads.anchor_weight is not None:
+            buffer = None if exact_kl else policy.buffer
+            anchor = Product(heads.anchor_hidden[rows], heads.anchor_weight, buffer)
+        _add_policy(head, policy, anchor if exact_kl else None, ids, state, entropy)
         if anchor is not None and not exact_kl:
             _add_anchor(head, anchor, ids, state)
     return by_row(state, rows, len(token_ids), anchor is not None, exact_kl, entropy)
 
 
 def _add_policy(
-    head: Head,
-    tiles: Iterator[Tile],
-    anchor: Product | None,
-    ids: Tensor,
-    state: Tensor,
-    entropy: bool,
+    head: Head, policy: Product, anchor: Product | None, ids: Tensor, state: Tensor, entropy: bool
 ) -> None:
-    """Add the policy to the state of rows; where the KL is exact with the anchor beside it."""
-    others = anchor.tiles() if anchor is not None and head.exact_kl else None
-    for piece, first, logits in tiles:
-        other = None if others is None else next(others)[2]
+    """Add the policy to the state of rows, for an exact KL with the anchor beside it."""
+    for piece, first, logits, other in side_by_side(policy, anchor):
         head.stats(logits, other, ids[piece], state[piece], entropy, first)
 
 
@@ -98,45 +76,33 @@ def _add_anchor(head: Head, anchor: Product, ids: Tensor, state: Tensor) -> None
 
 def linear_token_stats_backward_cpp(
     upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
+    heads: Heads,
     token_ids: Tensor,
-    anchor_hidden: Tensor | None,
-    anchor_weight: Tensor | None,
-    temperature: float,
-    softcap: float | None,
     exact_kl: str,
-    needs_hidden: bool,
-    needs_weight: bool,
+    needs: tuple[bool, bool],
     state: Tensor | None = None,
     host_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dhidden [N, D], dweight [V, D]) from upstream [N, 3], in fp32; empty where not needed."""
-    options = (token_ids, anchor_hidden, anchor_weight, temperature, softcap, exact_kl)
     if upstream.dtype == torch.float64:
         return reference.linear_token_stats_backward_reference(
-            upstream, hidden, weight, *options, needs_hidden, needs_weight
+            upstream, heads, token_ids, exact_kl, needs
         )
     if state is None:
-        made = linear_token_stats_cpp(
-            hidden, weight, token_ids, upstream.any(1), *options[1:], True
-        )
-        state = made[-1]
+        state = linear_token_stats_cpp(heads, token_ids, upstream.any(1), exact_kl, True)[-1]
     rows = upstream.any(1).nonzero()[:, 0]
-    coefficients = coefficients_of(state[rows], upstream[rows], exact_kl, temperature)
-    head, ids = Head(temperature, softcap, exact_kl), token_ids[rows]
+    coefficients = coefficients_of(state[rows], upstream[rows], exact_kl, heads.temperature)
+    head, ids = Head(heads.temperature, heads.softcap, exact_kl), token_ids[rows]
     with torch.autocast("cpu", enabled=False):
-        policy = Product(hidden[rows], weight)
-        others: Iterator[Tile] | None = None
-        if anchor_hidden is not None and anchor_weight is not None and exact_kl:
-            others = Product(anchor_hidden[rows], anchor_weight).tiles()
-        gradients = Gradients(policy, needs_hidden, needs_weight)
-        for piece, first, logits in policy.tiles():
-            other = None if others is None else next(others)[2]
+        policy, anchor = Product(heads.hidden[rows], heads.weight), None
+        if heads.anchor_hidden is not None and heads.anchor_weight is not None and exact_kl:
+            anchor = Product(heads.anchor_hidden[rows], heads.anchor_weight)
+        gradients = Gradients(policy, *needs)
+        for piece, first, logits, other in side_by_side(policy, anchor):
             head.gradient(logits, other, ids[piece], coefficients[piece], logits, first)
             gradients.add(piece, first, logits)
-    dhidden = torch.zeros(hidden.shape if needs_hidden else 0)
-    if needs_hidden:
+    dhidden = torch.zeros(heads.hidden.shape if needs[0] else 0)
+    if needs[0]:
         dhidden[rows] = gradients.states
     return dhidden, gradients.weight
 
@@ -152,19 +118,19 @@ def linear_loss_cpp(
     if heads.compute_dtype == torch.float64:
         wide = reference.linear_loss_reference(heads, rows, terms, entropy, needs)
         return wide._replace(state=wide.state.new_zeros(len(wide.state), STATE))
-    making = _Making(heads, rows, terms, entropy, needs)
-    with torch.autocast("cpu", enabled=False):
-        if any(needs):
+    exact_kl = exact_kl_of(terms.kl)
+    if any(needs):
+        making = _Making(heads, rows, terms, entropy, needs)
+        with torch.autocast("cpu", enabled=False):
             making.run()
-            *found, state = making.by_row(len(rows.mask))
-        else:
-            *found, state = linear_token_stats_cpp(
-                heads.hidden, heads.weight, rows.token_ids, rows.mask, heads.anchor_hidden,
-                heads.anchor_weight, heads.temperature, heads.softcap, exact_kl_of(terms), entropy,
-            )  # fmt: skip
+        *found, state = making.by_row(len(rows.mask))
+        gradients = making.dhidden, making.dweight
+    else:
+        *found, state = linear_token_stats_cpp(heads, rows.token_ids, rows.mask, exact_kl, entropy)
+        gradients = torch.empty(0), torch.empty(0)
     stats = with_given_anchor(Stats(*found), terms)
     total, upstream = objective(rows, stats, terms), slopes(rows, stats, terms)
-    return LinearLoss(total, *found, state, upstream, making.dhidden, making.dweight)  # type: ignore[call-arg]
+    return LinearLoss(total, *found, state, upstream, *gradients)  # type: ignore[call-arg]
 
 
 class _Making:
@@ -183,7 +149,7 @@ class _Making:
         self.heads, self.entropy, self.needs = heads, entropy, needs
         self.rows, self.terms = rows.at(self.index), terms.at(self.index)
         self.ids, self.state = self.rows.token_ids, new_state(self.index)
-        self.head = Head(heads.temperature, heads.softcap, exact_kl_of(terms))
+        self.head = Head(heads.temperature, heads.softcap, exact_kl_of(terms.kl))
         self.anchored = heads.anchor_hidden is not None
         hidden, weight = heads[:2]
         self.dhidden = torch.zeros(hidden.shape if needs[0] else 0)
@@ -207,51 +173,49 @@ class _Making:
         coupled = self.terms.kl in COUPLED
         lengths = self.rows.sequence.bincount().tolist() if coupled else None
         for group in groups(count, lengths, limit):
-            self._add_group(_blocks(group, limit), buffers)
+            self._add_group(list(cut(group, limit)), buffers)
         if not self.weighed:
             self.dweight.zero_()
 
     def _add_group(self, blocks: list[slice], buffers: list[Tensor]) -> None:
         """Rows whose coefficients depend on no other row; the logits of the last block are kept."""
         for block in blocks:
-            policy, *anchor = self._heads_of(block, buffers)
+            policy, anchor = self._heads_of(block, buffers)
             given = (self.ids[block], self.state[block], self.entropy)
-            _add_policy(self.head, policy.tiles(), anchor[0] if anchor else None, *given)
+            _add_policy(self.head, policy, anchor, *given)
         whole = slice(blocks[0].start, blocks[-1].stop)
         rows, terms = self.rows.at(whole), self.terms.at(whole)
         found = statistics_of(self.state[whole], self.anchored, self.head.exact_kl, self.entropy)
         upstream = slopes(rows, with_given_anchor(Stats(*found), terms), terms)
         for block in reversed(blocks):
             kept = block is blocks[-1]
-            here = slice(block.start - whole.start, block.stop - whole.start)
-            self._add_gradient(block, self._heads_of(block, buffers), kept, upstream[here])
+            heads = self._heads_of(block, buffers)
+            self._add_gradient(block, *heads, kept, upstream[within(whole, block)])
 
-    def _heads_of(self, block: slice, buffers: list[Tensor]) -> list[Product]:
+    def _heads_of(self, block: slice, buffers: list[Tensor]) -> tuple[Product, Product | None]:
         """Policy and, for the exact KL, anchor."""
-        index, given = self.index[block], self.heads
-        pairs = [(given.hidden, given.weight), (given.anchor_hidden, given.anchor_weight)]
-        return [
-            Product(states[index], weight, buffer, keep=True)
-            for (states, weight), buffer in zip(pairs, buffers, strict=False)
-            if states is not None and weight is not None
-        ]
+        index, given, anchor = self.index[block], self.heads, None
+        if given.anchor_hidden is not None and given.anchor_weight is not None and buffers[1:]:
+            states = given.anchor_hidden[index]
+            anchor = Product(states, given.anchor_weight, buffers[1], keep=True)
+        return Product(given.hidden[index], given.weight, buffers[0], keep=True), anchor
 
     def _add_gradient(
-        self, block: slice, heads: list[Product], kept: bool, upstream: Tensor
+        self, block: slice, policy: Product, anchor: Product | None, kept: bool, upstream: Tensor
     ) -> None:
         """Of the rows whose upstream is not 0; the others cost nothing here."""
         live = upstream.any(1).nonzero()[:, 0]
         if not len(live):
             return
-        place = live + block.start
+        place, some = live + block.start, len(live) < len(upstream)
         exact_kl, temperature = self.head.exact_kl, self.head.temperature
         given = coefficients_of(self.state[place], upstream[live], exact_kl, temperature)
-        policy, states, ids = heads[0], heads[0].states[live], self.ids[place]
+        states, ids = policy.states[live], self.ids[place]
         dstates = torch.zeros_like(states)
-        for tiles in zip(*[product.tiles(again=kept) for product in heads], strict=True):
-            _, first, _ = tiles[0]
-            logits, *other = (t if len(live) == len(upstream) else t[live] for _, _, t in tiles)
-            self.head.gradient(logits, other[0] if other else None, ids, given, logits, first)
+        for _, first, logits, other in side_by_side(policy, anchor, again=kept):
+            if some:
+                logits, other = logits[live], None if other is None else other[live]
+            self.head.gradient(logits, other, ids, given, logits, first)
             if self.needs[0]:
                 dstates.addmm_(logits, policy.head)
             if self.needs[1]:
@@ -260,7 +224,3 @@ class _Making:
         if self.needs[0]:
             self.dhidden[self.index[place]] = dstates
         self.weighed = True
-
-
-def _blocks(group: slice, limit: int) -> list[slice]:
-    return [slice(at, min(at + limit, group.stop)) for at in range(group.start, group.stop, limit)]

@@ -63,22 +63,14 @@ class LinearLoss(NamedTuple):
 
 
 def linear_token_stats_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    mask: Tensor,
-    anchor_hidden: Tensor | None,
-    anchor_weight: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    exact_kl: str,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads: Heads, token_ids: Tensor, mask: Tensor, exact_kl: str, entropy: bool
+) -> Stats:
     """`token_stats_reference` of hidden @ weight.T, a chunk of rows at a time.
 
-    Shapes: hidden, anchor_hidden [N, D]; weight, anchor_weight [V, D]; token_ids, mask [N].
+    Shapes: token_ids, mask [N].
     """
-    dtype = compute_dtype(hidden, weight, anchor_hidden, anchor_weight)
+    hidden, weight, anchor_hidden, anchor_weight, temperature, softcap = heads
+    dtype = heads.compute_dtype
     found = [torch.zeros(len(token_ids), dtype=dtype, device=hidden.device) for _ in range(4)]
     rows = mask.nonzero()[:, 0]
     _check_ids(token_ids, rows, weight.shape[0])
@@ -101,16 +93,10 @@ def linear_token_stats_reference(
 
 def linear_token_stats_backward_reference(
     upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
+    heads: Heads,
     token_ids: Tensor,
-    anchor_hidden: Tensor | None,
-    anchor_weight: Tensor | None,
-    temperature: float,
-    softcap: float | None,
     exact_kl: str,
-    needs_hidden: bool,
-    needs_weight: bool,
+    needs: tuple[bool, bool],
     state: Tensor | None = None,
     host_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -118,13 +104,6 @@ def linear_token_stats_backward_reference(
 
     What is not needed comes empty. state, host_mask: of other backends.
     """
-    heads = Heads(hidden, weight, anchor_hidden, anchor_weight, temperature, softcap)
-    return _gradients(heads, upstream, token_ids, exact_kl, (needs_hidden, needs_weight))
-
-
-def _gradients(
-    heads: Heads, upstream: Tensor, token_ids: Tensor, exact_kl: str, needs: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
     hidden, weight, anchor_hidden, anchor_weight, temperature, softcap = heads
     needs_hidden, needs_weight = needs
     dtype = upstream.dtype
@@ -160,14 +139,10 @@ def linear_loss_reference(
     heads: Heads, rows: Rows, terms: Terms, entropy: bool, needs: tuple[bool, bool]
 ) -> LinearLoss:
     """`warp_fast.linear_warp_loss` times its normalizer, and its gradients."""
-    hidden, weight, anchor_hidden, anchor_weight, temperature, softcap = heads
-    exact_kl = exact_kl_of(terms)
-    found = linear_token_stats_reference(
-        hidden, weight, rows.token_ids, rows.mask, anchor_hidden, anchor_weight, temperature,
-        softcap, exact_kl, entropy,
-    )  # fmt: skip
-    stats = with_given_anchor(Stats(*found), terms)
+    exact_kl = exact_kl_of(terms.kl)
+    found = linear_token_stats_reference(heads, rows.token_ids, rows.mask, exact_kl, entropy)
+    stats = with_given_anchor(found, terms)
     upstream = slopes(rows, stats, terms)
-    made = _gradients(heads, upstream, rows.token_ids, exact_kl, needs)
+    made = linear_token_stats_backward_reference(upstream, heads, rows.token_ids, exact_kl, needs)
     state = upstream.new_empty((len(upstream), 0), dtype=torch.float64)
     return LinearLoss(objective(rows, stats, terms), *found, state, upstream, *made)
