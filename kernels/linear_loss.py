@@ -274,31 +274,19 @@ def _loss(
     """lengths: as `groups` takes them."""
     exact_kl = exact_kl_of(terms.kl)
     if any(needs):
-        out, gradients = _made(heads, tokens, terms, entropy, needs, lengths)
+        out = Found.empty(heads.hidden, len(tokens.mask), heads.compute_dtype)
+        with torch.autocast(heads.hidden.device.type, enabled=False):
+            logits = _Logits(heads, tokens.token_ids, tokens.mask, exact_kl)
+            making = _Making(logits, _Gradients(heads, needs), out, tokens, terms, entropy)
+            for group in groups(len(tokens.mask), lengths, making.block):
+                making.add_group(group)
+        gradients = making.gradients.states, making.gradients.weight
     else:
         out = linear_token_stats_triton(heads, tokens.token_ids, tokens.mask, exact_kl, entropy)
         gradients = out.logprobs.new_empty(0), out.logprobs.new_empty(0)
     stats = with_given_anchor(Stats(*out[:4]), terms)
     total, upstream = objective(tokens, stats, terms), slopes(tokens, stats, terms)
     return LinearLoss(total, *out, upstream, *gradients)
-
-
-def _made(
-    heads: Heads,
-    tokens: Tokens,
-    terms: Terms,
-    entropy: bool,
-    needs: tuple[bool, bool],
-    lengths: list[int] | None,
-) -> tuple[Found, tuple[Tensor, Tensor]]:
-    """The statistics, and the gradients of hidden and weight."""
-    out = Found.empty(heads.hidden, len(tokens.mask), heads.compute_dtype)
-    with torch.autocast(heads.hidden.device.type, enabled=False):
-        logits = _Logits(heads, tokens.token_ids, tokens.mask, exact_kl_of(terms.kl))
-        making = _Making(logits, _Gradients(heads, needs), out, tokens, terms, entropy)
-        for group in groups(len(tokens.mask), lengths, making.block):
-            making.add_group(group)
-    return out, (making.gradients.states, making.gradients.weight)
 
 
 @dataclass
