@@ -10,9 +10,12 @@
 namespace warp_fast {
 namespace {
 
-constexpr int kMostFused = 5;     // policies whose pairs are summed in one go
+constexpr int kMostFused = 3;     // policies whose pairs are summed in one go
 constexpr int kMostStaged = 16;   // policies whose task vectors are held in the L1 cache
-constexpr int64_t kStaged = 128;  // elements held at a time
+constexpr int64_t kStaged = 256;  // elements held at a time
+constexpr int kTile = 3;          // policies whose pairs with others are summed in one go
+constexpr int kMostFirst = 5;     // those others where they begin with the same policies
+constexpr int kMostOthers = 4;    // and elsewhere, so that all sums fit the registers
 
 // four of the sixteen elements in fp64
 WARP_FAST_INLINE f64x4 quarter(const Lanes& value, int q) {
@@ -27,10 +30,13 @@ WARP_FAST_INLINE f64x4 quarter(const Lanes& value, int q) {
 #endif
 }
 
-WARP_FAST_INLINE f64x4 quad_at(const double* from) {
-    f64x4 value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
+// four elements in fp64
+WARP_FAST_INLINE f64x4 quad_at(const float* from) {
+#ifdef __AVX__
+    return _mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+    return f64x4{from[0], from[1], from[2], from[3]};
+#endif
 }
 
 WARP_FAST_INLINE double total(f64x4 sum) { return (sum[0] + sum[2]) + (sum[1] + sum[3]); }
@@ -65,69 +71,85 @@ void pairs(const MergeEntry& entry, int64_t begin, int64_t end, double* row) {
     for (int p = 0; p < kPairs; ++p) row[p] = total(sum[0][p] + sum[kSums - 1][p] * (kSums - 1));
 }
 
-// Differences of `lanes` elements in fp64, zeros up to a multiple of kLanes; a row for each policy.
+using Staged = float[kMostStaged][kStaged];
+using Sums = f64x4[kMostStaged][kMostStaged];
+
+// Differences of `lanes` elements, zeros up to a multiple of kLanes; a row for each policy.
 template <int CODE>
-void stage(const MergeEntry& entry, int64_t begin, int64_t lanes, int policies,
-           double (*wide)[kStaged]) {
+void stage(const MergeEntry& entry, int64_t begin, int64_t lanes, int policies, Staged& delta) {
     for (int64_t at = 0; at < lanes; at += kLanes) {
         const int64_t some = lanes - at < kLanes ? lanes - at : kLanes;
         const Lanes start = load_column<CODE>(entry, 0, begin + at, some);
         for (int m = 0; m < policies; ++m) {
             const Lanes stop = load_column<CODE>(entry, 1 + m, begin + at, some);
-            const Lanes delta = {stop.a - start.a, stop.b - start.b};
-            for (int q = 0; q < 4; ++q) {
-                const f64x4 value = quarter(delta, q);
-                std::memcpy(wide[m] + at + 4 * q, &value, sizeof(value));
-            }
+            const Lanes moved = {stop.a - start.a, stop.b - start.b};
+            std::memcpy(delta[m] + at, &moved, sizeof(moved));
         }
     }
 }
 
-// sum of i and j += the products of policies a + i and b + j, for A policies and B; with a = b each
-// pair comes twice
-template <int A, int B>
-void add_products(const double (*wide)[kStaged], int a, int b, int64_t lanes, f64x4* sum,
-                  int stride) {
-    // as many sums as a fused multiply-add takes cycles, twice over: there are two units
-    constexpr int kSums = A * B == 4 ? 2 : 4;
-    f64x4 part[kSums][A * B] = {};
+// sum[a + i][b + j] += products of the policies a + i < a + A and b + j < b + B; if SAME, a is b and
+// each pair comes once
+template <int A, int B, bool SAME>
+void add_products(const Staged& delta, int a, int b, int64_t lanes, Sums& sum) {
+    constexpr int kPairs = SAME ? A * B - A * (A - 1) / 2 : A * B;
+    // so many sums that a fused multiply-add need not wait for the one before it
+    constexpr int kSums = kPairs <= 3 ? 4 : kPairs <= 6 ? 2 : 1;
+    f64x4 part[kSums][B][A] = {};
     for (int64_t at = 0; at < lanes; at += 4 * kSums) {
 #pragma GCC unroll 4
         for (int s = 0; s < kSums; ++s) {
-#pragma GCC unroll 2
-            for (int i = 0; i < A; ++i) {
-                const f64x4 left = quad_at(wide[a + i] + at + 4 * s);
-#pragma GCC unroll 2
-                for (int j = 0; j < B; ++j) {
-                    part[s][i * B + j] += left * quad_at(wide[b + j] + at + 4 * s);
+            f64x4 left[A];
+#pragma GCC unroll 3
+            for (int i = 0; i < A; ++i) left[i] = quad_at(delta[a + i] + at + 4 * s);
+#pragma GCC unroll 5
+            for (int j = 0; j < B; ++j) {
+                const f64x4 right = SAME && j < A ? left[j] : quad_at(delta[b + j] + at + 4 * s);
+#pragma GCC unroll 3
+                for (int i = 0; i < (SAME && j < A ? j + 1 : A); ++i) {
+                    part[s][j][i] += left[i] * right;
                 }
             }
         }
     }
+#pragma GCC unroll 5
+    for (int j = 0; j < B; ++j) {
+#pragma GCC unroll 3
+        for (int i = 0; i < (SAME && j < A ? j + 1 : A); ++i) {
 #pragma GCC unroll 4
-    for (int p = 0; p < A * B; ++p) {
-        f64x4 all = part[0][p];
-#pragma GCC unroll 4
-        for (int s = 1; s < kSums; ++s) all += part[s][p];
-        sum[p / B * stride + p % B] += all;
+            for (int s = 0; s < kSums; ++s) sum[a + i][b + j] += part[s][j][i];
+        }
     }
 }
 
-// many policies: pairs of a few elements at a time, two policies by two
+using AddProducts = void (*)(const Staged&, int, int, int64_t, Sums&);
+
+// up to kMostFirst policies, the first kTile with all of them
+constexpr AddProducts kFirst[] = {nullptr,
+                                  add_products<1, 1, true>,
+                                  add_products<2, 2, true>,
+                                  add_products<3, 3, true>,
+                                  add_products<3, 4, true>,
+                                  add_products<3, 5, true>};
+// kTile policies with up to kMostOthers
+constexpr AddProducts kOthers[] = {nullptr, add_products<3, 1, false>, add_products<3, 2, false>,
+                                   add_products<3, 3, false>, add_products<3, 4, false>};
+
+// many policies: pairs of a few elements at a time, in tiles
 template <int CODE>
 void grams_staged(const MergeEntry& entry, int64_t begin, int64_t end, int policies, double* row) {
-    alignas(64) double wide[kMostStaged][kStaged];
-    f64x4 sum[kMostStaged][kMostStaged] = {};
+    alignas(64) Staged delta;
+    Sums sum = {};
     for (int64_t at = begin; at < end; at += kStaged) {
         const int64_t left = end - at < kStaged ? end - at : kStaged;
-        stage<CODE>(entry, at, left, policies, wide);
+        stage<CODE>(entry, at, left, policies, delta);
         const int64_t lanes = (left + kLanes - 1) / kLanes * kLanes;
-        for (int a = 0; a < policies; a += 2) {
-            for (int b = a; b < policies; b += 2) {
-                const auto add = a + 1 == policies   ? add_products<1, 1>
-                                 : b + 1 == policies ? add_products<2, 1>
-                                                     : add_products<2, 2>;
-                add(wide, a, b, lanes, &sum[a][b], kMostStaged);
+        for (int a = 0; a < policies; a += kTile) {
+            const int first = policies - a < kMostFirst ? policies - a : kMostFirst;
+            kFirst[first](delta, a, a, lanes, sum);
+            for (int b = a + first; b < policies; b += kMostOthers) {
+                const int others = policies - b < kMostOthers ? policies - b : kMostOthers;
+                kOthers[others](delta, a, b, lanes, sum);
             }
         }
     }
@@ -143,10 +165,6 @@ void grams(const MergeEntry& entry, int64_t begin, int64_t end, int policies, do
             return pairs<CODE, 1>(entry, begin, end, row);
         case 2:
             return pairs<CODE, 2>(entry, begin, end, row);
-        case 3:
-            return pairs<CODE, 3>(entry, begin, end, row);
-        case 4:
-            return pairs<CODE, 4>(entry, begin, end, row);
         case kMostFused:
             return pairs<CODE, kMostFused>(entry, begin, end, row);
         default:
