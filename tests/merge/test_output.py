@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from warp_fast.merge import MergeReport, merge_checkpoints
+from warp_fast.merge import MergeReport, merge_checkpoints, steps, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*zero, parallel:UserWarning")
 
@@ -74,6 +74,32 @@ def test_full_disk_leaves_nothing(
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match=r"No space left on device: .*model\.safetensors"):
+        merge_checkpoints(start, ends, checkpoints.root / "out", progress=False)
+    assert _names(checkpoints.root) == before
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_failure_of_a_sync_in_the_background_is_told(
+    at_the_end: bool, checkpoints: Any, family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells it to one call only; a sync at the end would find nothing wrong."""
+    start, ends = _saved(checkpoints, family)
+    merge_checkpoints(start, ends, checkpoints.root / "good", progress=False)
+    content = (checkpoints.root / "good" / "model.safetensors").read_bytes()
+    weights = len(content) - 8 - int.from_bytes(content[:8], "little")
+    before = _names(checkpoints.root)
+    monkeypatch.setattr(steps, "TILE_BYTES", 500)
+    monkeypatch.setattr(write, "_BEHIND", weights if at_the_end else 1)
+    fsync, calls = os.fsync, []
+
+    def broken(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match=r"Input/output error: .*model\.safetensors"):
         merge_checkpoints(start, ends, checkpoints.root / "out", progress=False)
     assert _names(checkpoints.root) == before
 

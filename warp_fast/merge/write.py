@@ -8,9 +8,12 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from warp_fast.merge.layout import OutputFile
+
+_BEHIND = 64 << 20  # bytes after which a file is synced while more is written
 
 
 @contextlib.contextmanager
@@ -66,9 +69,15 @@ def _sync_entries(path: Path) -> None:
 
 
 class Writer:
-    """The safetensors files of one output directory, open for writing tensors in any order."""
+    """The safetensors files of one output directory, open for writing tensors in any order.
+
+    What is written goes to the disk in the background, so that a sync at the end finds little left.
+    """
 
     def __init__(self, directory: Path, files: list[OutputFile]) -> None:
+        self._disk = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
+        self._waiting = 0  # bytes written since the last sync began
         self._handles: dict[Path, int] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         try:
@@ -88,6 +97,21 @@ class Writer:
         path, start = self._places[name]
         with _named(path):
             _write(self._handles[path], content, start + offset)
+        self._waiting += len(content)
+        if self._waiting >= _BEHIND and (self._syncing is None or self._syncing.done()):
+            self._wait()
+            self._syncing = self._disk.submit(self._sync)
+            self._waiting = 0
+
+    def _sync(self) -> None:
+        for path, handle in self._handles.items():
+            with _named(path):
+                os.fsync(handle)
+
+    def _wait(self) -> None:
+        """Until no sync is running; raises what went wrong with it."""
+        if self._syncing is not None:
+            self._syncing.result()
 
     def __enter__(self) -> Writer:
         return self
@@ -96,9 +120,12 @@ class Writer:
         self.close()
 
     def close(self) -> None:
+        """Raises what went wrong with the last sync: the system tells it once."""
+        self._disk.shutdown()
         for handle in self._handles.values():
             os.close(handle)
         self._handles.clear()
+        self._wait()
 
 
 @contextlib.contextmanager
