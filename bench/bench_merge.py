@@ -2,9 +2,10 @@
 
     python -m bench.bench_merge [--quick] [--mergekit-python PATH] [--directory DIR]
 
-Checkpoints of the shape of Gemma 3 270M, two policies 2 % away from init, from the page cache.
-Commands count from start to exit, interpreter included. `off WARP` is the error of the merged task
-vector against WARP's slerp, per tensor, in float64; bf16 output alone is 8 %.
+Checkpoints of the shapes of Gemma 3 270M and 1B, two policies 2 % away from init, from the page
+cache; mergekit, which needs minutes for the larger, beside the smaller. Commands count from start
+to exit, interpreter included. `off WARP` is the error of the merged task vector against WARP's
+slerp, per tensor, in float64; bf16 output alone is 8 %.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bench.bench_slerp import task_error
-from bench.checkpoints import GEMMA_3_270M, SMALL, Model, make_checkpoints
+from bench.checkpoints import GEMMA_3_1B, GEMMA_3_270M, SMALL, Model, make_checkpoints
 from bench.harness import Absent, Provider, Scale, measure, parse
 from bench.peers import mergekit_command, mergekit_version
 from bench.report import Group, environment, publish
@@ -198,13 +199,13 @@ def benched(model: Model, directory: Path | None = None) -> Iterator[Bench]:
         yield Bench(Path(root), model)
 
 
-def compare(bench: Bench, python: str, scale: Scale) -> Group:
-    """All merges of one set of checkpoints, in one run."""
+def compare(bench: Bench, python: str | None, scale: Scale) -> Group:
+    """All merges of one set of checkpoints, in one run; without a Python, mergekit is left out."""
     providers = [bench.copy(False), bench.copy(True), bench.ours(), bench.our_command()]
     absent: list[Absent] = []
-    if mergekit_version(python):
+    if python and mergekit_version(python):
         providers += [bench.mergekit(method, python) for method in MERGEKIT]
-    else:
+    elif python:
         how = "pip install mergekit, here or under --mergekit-python"
         absent = [Absent(name, how) for name in MERGEKIT.values()]
     gigabytes = bench.bytes / 1e9
@@ -236,9 +237,12 @@ def main(given: Sequence[str] | None = None) -> None:
     python = options.mergekit_python or sys.executable
     stamp = environment(torch.device("cpu"))
     stamp["mergekit"] = mergekit_version(python) or "absent"
-    with benched(SMALL if options.quick else GEMMA_3_270M, options.directory) as bench:
-        group = compare(bench, python, options.scale)
-    publish("merge", [group], stamp, dataclasses.replace(options, device=torch.device("cpu")))
+    models = {SMALL: python} if options.quick else {GEMMA_3_270M: python, GEMMA_3_1B: None}
+    groups = []
+    for model, peer in models.items():
+        with benched(model, options.directory) as bench:
+            groups.append(compare(bench, peer, options.scale))
+    publish("merge", groups, stamp, dataclasses.replace(options, device=torch.device("cpu")))
 
 
 if __name__ == "__main__":
