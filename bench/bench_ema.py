@@ -181,7 +181,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parse(__doc__ or "", given)
     stamp = environment(options.device)
     shapes = GEMMA_3_270M_BLOCK * 4 if options.quick else GEMMA_2_2B_BLOCK
-    groups = [compare(dtype, shapes, options.device, options.scale, 3000) for dtype in _BOTH]
+    groups = (compare(dtype, shapes, options.device, options.scale, 3000) for dtype in _BOTH)
     publish("ema", groups, stamp, options)
 
 

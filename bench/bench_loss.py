@@ -13,6 +13,7 @@ Where others use the machine too, --threads 1 times the loss and not the waiting
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -197,12 +198,10 @@ def test_linear_warp_loss(
 def main(given: Sequence[str] | None = None) -> None:
     options = parse(__doc__ or "", given)
     stamp = environment(options.device)
-    cases = ON_GPU if options.device.type == "cuda" else ON_CPU
-    groups = [
-        compare(case, options.device, options.scale) for case in (QUICK if options.quick else cases)
-    ]
-    groups += accuracy(options.device, backends(options.device))
-    publish("loss", groups, stamp, options)
+    cases = QUICK if options.quick else ON_GPU if options.device.type == "cuda" else ON_CPU
+    timed = (compare(case, options.device, options.scale) for case in cases)
+    judged = accuracy(options.device, backends(options.device))
+    publish("loss", itertools.chain(timed, judged), stamp, options)
 
 
 if __name__ == "__main__":

@@ -238,11 +238,13 @@ def main(given: Sequence[str] | None = None) -> None:
     stamp = environment(torch.device("cpu"))
     stamp["mergekit"] = mergekit_version(python) or "absent"
     models = {SMALL: python} if options.quick else {GEMMA_3_270M: python, GEMMA_3_1B: None}
-    groups = []
-    for model, peer in models.items():
-        with benched(model, options.directory) as bench:
-            groups.append(compare(bench, peer, options.scale))
-    publish("merge", groups, stamp, dataclasses.replace(options, device=torch.device("cpu")))
+
+    def groups() -> Iterator[Group]:
+        for model, peer in models.items():
+            with benched(model, options.directory) as bench:
+                yield compare(bench, peer, options.scale)
+
+    publish("merge", groups(), stamp, dataclasses.replace(options, device=torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def main(given: Sequence[str] | None = None) -> None:
     stamp = environment(options.device)
     shapes = GEMMA_3_270M_BLOCK * 2 if options.quick else GEMMA_3_1B_BLOCK
     cases = CASES[:2] if options.quick else CASES
-    groups = [compare(*case, shapes, options.device, options.scale) for case in cases]
+    groups = (compare(*case, shapes, options.device, options.scale) for case in cases)
     publish("slerp", groups, stamp, options)
 
 

@@ -14,12 +14,14 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -180,21 +182,32 @@ def measure(providers: Sequence[Provider], device: torch.device, scale: Scale) -
 
     The inputs of all providers are alive at once. `device` is the one whose clock counts.
     """
-    probes = bandwidth_probes(device, scale.probe_bytes)
-    results = [gate(provider) for provider in [*probes, *providers]]
-    clock = Clock(device)
-    timed = [result for result in results if result.refused is None]
-    gc.collect()  # garbage that is freed later would hide what a call takes
-    for result in timed:
-        _measure_memory(result, device)
-    timed = [result for result in timed if result.refused is None]
-    for turn in range(scale.rounds):
-        first = turn % max(1, len(timed))
-        for result in [*timed[first:], *timed[:first]]:
+    everyone = [*bandwidth_probes(device, scale.probe_bytes), *providers]
+    # drawn between the runs, by no thread that would be at work during one
+    bars = Progress(console=Console(stderr=True), auto_refresh=False, transient=True)
+    with bars:
+        results = [gate(provider) for provider in bars.track(everyone, description="errors")]
+        gc.collect()  # garbage that is freed later would hide what a call takes
+        for result in bars.track(_able(results), description="memory"):
+            _measure_memory(result, device)
+        clock, turns = Clock(device), list(_turns(_able(results), scale.rounds))
+        for turn, result in bars.track(turns, description="time"):
             if turn < 3 or sum(result.seconds) < scale.budget:
                 result.provider.prepare()
                 result.seconds.append(clock.seconds(result.provider.run))
     return results
+
+
+def _able(results: Sequence[Result]) -> list[Result]:
+    return [result for result in results if result.refused is None]
+
+
+def _turns(results: Sequence[Result], rounds: int) -> Iterator[tuple[int, Result]]:
+    """Who runs after whom: every round begins with another provider."""
+    for turn in range(rounds):
+        first = turn % max(1, len(results))
+        for result in [*results[first:], *results[:first]]:
+            yield turn, result
 
 
 def _measure_memory(result: Result, device: torch.device) -> None:

@@ -7,7 +7,7 @@ rounded to bf16. All get the same bf16 hidden states and weight; gold is float64
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -131,10 +131,9 @@ def _row(name: str, make: Callable[[], Found], gold: Found, ours: bool) -> Provi
     return Provider(name, lambda: None, error, math.inf, ROWS, 0, shown, ours)
 
 
-def accuracy(device: torch.device, backends: Sequence[str]) -> list[Group]:
+def accuracy(device: torch.device, backends: Sequence[str]) -> Iterator[Group]:
     """A table for each distance; "KL" is the exact reverse KL, "slope" the gradient of hidden."""
     torch.compiler.reset()
-    groups = []
     able, absent = peers()
     for ulps, share in NEAR:
         near = Near.of(ulps, share, device)
@@ -151,5 +150,4 @@ def accuracy(device: torch.device, backends: Sequence[str]) -> list[Group]:
                 make = partial(of_eager, near)
             rows.append(_row(f"{peer.name}, bf16", make, gold, False))
         title = f"near the anchor: KL {float(gold['KL'].mean()):.1e} nats a token, bf16 inputs"
-        groups.append(Group(title, [gate(row) for row in rows], absent, "", ""))
-    return groups
+        yield Group(title, [gate(row) for row in rows], absent, "", "")

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -218,13 +218,15 @@ def stem(op: str, device: torch.device, quick: bool) -> str:
     return f"{op}-{slug}" + "-quick" * quick
 
 
-def publish(op: str, groups: Sequence[Group], stamp: dict[str, str], options: Options) -> None:
-    """Print all tables under their environment, and write them down."""
+def publish(op: str, groups: Iterable[Group], stamp: dict[str, str], options: Options) -> None:
+    """Print the tables under their environment, each once it is measured; write all in the end."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
     console.print(" | ".join(f"{key} {value}" for key, value in stamp.items()), markup=False)
+    done = []
     for group in groups:
         show(group, console)
-    for path in write(groups, stamp, stem(op, options.device, options.quick), options.output):
+        done.append(group)
+    for path in write(done, stamp, stem(op, options.device, options.quick), options.output):
         console.print(f"wrote {path}", markup=False)

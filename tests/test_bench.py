@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from bench import bench_ema, bench_loss, bench_merge, bench_slerp, peers, peers_
 from bench.checkpoints import Model
 from bench.harness import Absent, Provider, Scale, gate, measure, parse, relative_error
 from bench.loss_accuracy import accuracy
-from bench.report import Group, environment, floor_seconds, rows, show, stem, write
+from bench.report import Group, environment, floor_seconds, publish, rows, show, stem, write
 from warp_fast import cli, slerp
 
 _TINY = Scale(rounds=2, probe_bytes=1 << 12, budget=1.0)
@@ -104,6 +105,19 @@ def test_refusals_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "wrong: wrong: error 1, allowed 0.001" in printed
     assert "peer: absent: pip install peer" in printed
     assert "probe: update" in printed
+
+
+def test_a_table_is_printed_once_it_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def groups() -> Iterator[Group]:
+        yield Group("the first case", measure([_provider("ours", [])], _CPU, _TINY), [], "", "")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish("op", groups(), {}, parse("", ["--output", str(tmp_path)]))
+    assert "the first case" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir()), "half of the results looks like all of them"
 
 
 def test_the_command_prints_and_draws_what_was_measured(
@@ -256,7 +270,7 @@ def test_another_loss_fails_the_gate_of_the_loss(changed: str, dtype: torch.dtyp
 def test_bf16_logits_are_noise_near_the_anchor(
     no_packages: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    groups = accuracy(_CPU, bench_loss.backends(_CPU))
+    groups = list(accuracy(_CPU, bench_loss.backends(_CPU)))
     for group in groups:
         assert not any(result.refused for result in group.results)
         for result in group.results:
