@@ -8,7 +8,8 @@ GPUs. The gate judges all three against float64 on a small head. Elements are lo
 the mask included. `work` is the peak less both gradients, which all return; `of floor` the time of
 the four products of the rows inside the mask, at the rate of a product measured in turn with them,
 over the time. Then log-prob, KL and its gradients near an anchor, from bf16 (loss_accuracy.py).
-Where others use the machine too, --threads 1 times the loss and not the waiting of its threads.
+Where others use the machine too, --threads 1 times the loss and not the waiting of its threads. Two
+cores need one to two hours for all cases.
 """
 
 from __future__ import annotations
