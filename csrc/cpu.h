@@ -51,8 +51,9 @@ struct MergeCall {
     int threads;
 };
 
-// the columns of one row of LossCall.state; the anchor has a side of its own, in whose last column
-// is the cross sum of the exact KL
+// the columns of one row of LossCall.state, whose sums leave out the sampled token: beside one of
+// almost all probability the others would be rounded away; the anchor has a side of its own, in
+// whose last column is the cross sum of the exact KL
 enum LossState : int { kMax, kSum, kTarget, kMoment, kSideWidth, kCross = 7, kStateWidth = 8 };
 
 // the columns of one row of LossCall.coefficients
@@ -63,7 +64,7 @@ enum LossCoefficient : int {
     kCrossFactor,    // C, over the sum
     kAnchorShift,    // the maximum score of the anchor
     kAnchorFactor,   // Q, over the sum of the anchor
-    kTargetFactor,   // what the sampled token has besides
+    kOfTarget,       // du of the sampled token
     kCoefficients
 };
 

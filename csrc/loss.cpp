@@ -104,6 +104,12 @@ void store_columns(const LossMatrix& to, int64_t first, int64_t count, const Blo
     }
 }
 
+// Take the sampled token out of a block.
+void leave_out(Block& u, int64_t j, double* target) {
+    *target = u.x[j];
+    u.x[j] = -kInfinity;
+}
+
 // u of some columns, -inf behind the last; slope: du/dz times the temperature, if there is a cap
 void scores(const LossCall& call, const LossMatrix& matrix, int64_t first, int64_t count, Block& u,
             Block* slope) {
@@ -198,12 +204,12 @@ void row_stats(const LossCall& call, int64_t row) {
         const int64_t count = call.width - j < kBlock ? call.width - j : kBlock;
         const bool here = j <= target && target < j + count;
         scores(call, logits, j, count, u, nullptr);
+        if (here) leave_out(u, target - j, side + kTarget);
         lift(side, largest(u, count), moment, reverse);
-        if (here) side[kTarget] = u.x[target - j];
         if (anchor.address) {
             scores(call, anchor, j, count, v, nullptr);
+            if (here) leave_out(v, target - j, anchor_side + kTarget);
             lift(anchor_side, largest(v, count), nullptr, forward);
-            if (here) anchor_side[kTarget] = v.x[target - j];
             add_block(anchor_side, v, count, nullptr, u, forward);
         }
         add_block(side, u, count, moment, v, reverse);
@@ -249,7 +255,7 @@ void row_gradient(const LossCall& call, int64_t row) {
         scores(call, logits, j, count, u, &slope);
         if (anchor.address) scores(call, anchor, j, count, v, nullptr);
         block_gradient(c, u, v, count);
-        if (j <= target && target < j + count) u.x[target - j] += c[kTargetFactor];
+        if (j <= target && target < j + count) u.x[target - j] = c[kOfTarget];
         for (int64_t i = 0; capped && i < count; i += 8) put(u, i, at(u, i) * at(slope, i));
         store_columns(gradient, j, count, u);
     }

@@ -112,6 +112,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("logits", {"advantages": torch.tensor([0, math.nan])}, ValueError, "be NaN .*; row 3 is"),
     ("linear", {"old_logprobs": ONES * math.nan}, ValueError, "old_logprobs .* row 0 is nan"),
     ("logits", {"old_logprobs": ONES * math.inf}, ValueError, "old_logprobs .* row 0 is inf"),
+    ("linear", {"old_logprobs": ONES * -math.inf}, ValueError, "old_logprobs .* row 0 is -inf"),
     (
         "logits",
         {**NO_ANCHOR, "anchor_logprobs": ONES * math.nan},

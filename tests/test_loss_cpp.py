@@ -193,3 +193,40 @@ def test_gradient_without_the_state_makes_it(exact_kl: str) -> None:
     every = (upstream, heads, ids, exact_kl, (True, True))
     for part, whole in zip(backward(*every), backward(*every, state), strict=True):
         assert torch.equal(part, whole)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("kl", KL)
+def test_tokens_of_almost_all_probability_keep_their_digits(kl: Any, softcap: Any) -> None:
+    """1 - p is 1e-2 to 1e-6, of which a sum with the sampled token keeps a few digits alone."""
+    rows = torch.arange(32)
+    ids, logits = torch.randint(0, 20_000, (32,)), torch.randn(32, 20_000)
+    logits[rows, ids] = torch.linspace(15, 25, 32)
+    anchor = logits + 0.01 * torch.randn_like(logits)
+    found = []
+    for dtype in (FP64, FP32):
+        leaf = logits.to(dtype).requires_grad_()
+        backend: Any = "reference" if dtype == FP64 else "cpp"
+        options: dict[str, Any] = {"kl": kl, "softcap": softcap, "backend": backend}
+        loss = warp_fast.warp_loss(
+            leaf[None], ids[None], leaf.new_ones(1), anchor_logits=anchor.to(dtype)[None], **options
+        )
+        (slope,) = torch.autograd.grad(loss.loss, leaf)
+        apart = (loss.logprobs - loss.anchor_logprobs).detach()
+        found.append((loss.logprobs.detach(), slope, slope[rows, ids], apart, loss.kl.detach()))
+    for gold, ours, allowed in zip(*found, [1e-5, 1e-5, 1e-5, 1e-3, 1e-3], strict=True):
+        assert (ours - gold).norm() <= allowed * gold.norm()
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("form", ["logits", "linear"])
+def test_the_default_dtype_of_torch_changes_nothing(form: str, default: torch.dtype) -> None:
+    leaves = [leaf.float() for leaf in inputs(form, 9, 40)]
+    before = outputs(form, "reverse", leaves)
+    torch.set_default_dtype(default)
+    try:
+        after = outputs(form, "reverse", leaves)
+    finally:
+        torch.set_default_dtype(FP32)
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype and torch.equal(after[name], value), name

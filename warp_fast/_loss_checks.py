@@ -203,7 +203,7 @@ def terms(
     return Terms(
         _per_token_advantages(rows, advantages),
         _per_token(rows, anchor_logprobs, "anchor_logprobs"),
-        _per_token(rows, old_logprobs, "old_logprobs"),
+        _per_token(rows, old_logprobs, "old_logprobs", finite=True),
         _clip_bounds(clip_range),
         beta,
         kl,
@@ -233,7 +233,8 @@ def _check_kl(kl: str, beta: float, has_anchor: bool, anchor_logprobs: Tensor | 
         raise ValueError(f"kl={kl!r} needs an anchor; got none (kl='none' is without one)")
 
 
-def _per_token(rows: Rows, values: Tensor | None, name: str) -> Tensor | None:
+def _per_token(rows: Rows, values: Tensor | None, name: str, finite: bool = False) -> Tensor | None:
+    """[N], 0 where masked; numbers, or -inf if they need not be finite."""
     if values is None:
         return None
     if values.shape != rows.shape or values.device != rows.mask.device:
@@ -243,11 +244,14 @@ def _per_token(rows: Rows, values: Tensor | None, name: str) -> Tensor | None:
         )
     floating(**{name: values})
     flat = torch.where(rows.mask, values.detach().reshape(-1), 0)
-    if can_look(flat) and not (flat < math.inf).all():
-        at = int((~(flat < math.inf)).nonzero()[0])
-        raise ValueError(
-            f"{name} must not be NaN or inf where the mask is set; row {at} is {float(flat[at])}"
-        )
+    if can_look(flat):
+        wrong = ~flat.isfinite() if finite else ~(flat < math.inf)
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{name} must not be NaN or {'infinite' if finite else 'inf'} where the mask is "
+                f"set; row {at} is {float(flat[at])}"
+            )
     return flat
 
 

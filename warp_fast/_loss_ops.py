@@ -15,6 +15,7 @@ from warp_fast._objective import Rows, exact_kl_of
 from warp_fast.native import linear_loss as native_linear_loss
 from warp_fast.native import loss as native_loss
 from warp_fast.native import loss_cuda as native_loss_cuda
+from warp_fast.native._state import STATE
 from warp_fast.reference import linear_loss as reference_linear_loss
 from warp_fast.reference import loss as reference_loss
 from warp_fast.reference.linear_loss import Heads, LinearLoss
@@ -99,6 +100,10 @@ def _stateless(forward: Kernel) -> Kernel:
 
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, temperature, softcap, exact_kl, _ = inputs
+    if not exact_kl:  # the gradient needs no anchor, which the caller may drop or write to
+        first = 3 if len(tensors) == 4 else 4
+        tensors[first:] = [None] * len(tensors[first:])
+    ctx.mark_non_differentiable(output[2], output[4])
     ctx.save_for_backward(*tensors, output[4])
     ctx.head = (temperature, softcap, exact_kl)
 
@@ -176,7 +181,7 @@ def _define_stats(
     backend: str,
     forward: Kernel,
     backward: Kernel,
-    device: str | None,
+    device: str | None = None,
     state: int = 0,
 ) -> Any:
     """Register the op of one backend with its gradient.
@@ -200,7 +205,6 @@ TOKEN_STATS = {
         "reference",
         reference_loss.token_stats_reference,
         reference_loss.token_stats_backward_reference,
-        None,
     ),
     "triton": _define_stats(
         "token_stats",
@@ -208,7 +212,7 @@ TOKEN_STATS = {
         triton("loss", "token_stats_triton"),
         triton("loss", "token_stats_backward_triton"),
         TRITON_DEVICE,
-        native_loss.STATE,
+        STATE,
     ),
     "cpp": _define_stats(
         "token_stats",
@@ -216,7 +220,7 @@ TOKEN_STATS = {
         native_loss.token_stats_cpp,
         native_loss.token_stats_backward_cpp,
         "cpu",
-        native_loss.STATE,
+        STATE,
     ),
     "cuda": _define_stats(
         "token_stats",
@@ -224,7 +228,7 @@ TOKEN_STATS = {
         native_loss_cuda.token_stats_cuda,
         native_loss_cuda.token_stats_backward_cuda,
         "cuda",
-        native_loss.STATE,
+        STATE,
     ),
 }
 LINEAR_TOKEN_STATS = {
@@ -233,7 +237,6 @@ LINEAR_TOKEN_STATS = {
         "reference",
         _on_heads(reference_linear_loss.linear_token_stats_reference),
         _backward_on_heads(reference_linear_loss.linear_token_stats_backward_reference),
-        None,
     ),
     "triton": _define_stats(
         "linear_token_stats",
@@ -241,7 +244,7 @@ LINEAR_TOKEN_STATS = {
         _on_heads(triton("linear_loss", "linear_token_stats_triton")),
         _backward_on_heads(triton("linear_loss", "linear_token_stats_backward_triton")),
         TRITON_DEVICE,
-        native_loss.STATE,
+        STATE,
     ),
     "cpp": _define_stats(
         "linear_token_stats",
@@ -249,7 +252,7 @@ LINEAR_TOKEN_STATS = {
         _on_heads(native_linear_loss.linear_token_stats_cpp),
         _backward_on_heads(native_linear_loss.linear_token_stats_backward_cpp),
         "cpu",
-        native_loss.STATE,
+        STATE,
     ),
 }
 
@@ -313,10 +316,10 @@ def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     host_mask = None if rows.on_host is None else rows.on_host[0]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(found.anchor_logprobs, *found[5:])
-    ctx.save_for_backward(
-        *heads[:4], rows.token_ids, rows.mask, host_mask, found.state, found.slopes
-    )
     ctx.head = (heads.temperature, heads.softcap, exact_kl_of(terms.kl))
+    anchor = heads[2:4] if ctx.head[2] else (None, None)
+    rest = rows.token_ids, rows.mask, host_mask, found.state, found.slopes
+    ctx.save_for_backward(*heads[:2], *anchor, *rest)
     # given away by the first backward pass, and so not among the saved tensors, which outlive it
     made = zip((found.dhidden, found.dweight), needs, strict=True)
     ctx.made = [part.detach() if need else None for part, need in made]
@@ -363,7 +366,7 @@ def _linear_loss_autograd(backward: Any) -> Kernel:
     return gradient
 
 
-def _define_linear_loss(backend: str, kernel: Kernel, device: str | None, state: int = 0) -> Any:
+def _define_loss(backend: str, kernel: Kernel, device: str | None = None, state: int = 0) -> Any:
     """state: as in `_define_stats`, whose backward op the gradient may need."""
     name, fake = f"linear_loss_{backend}", _fake_linear_loss(state)
     op = define(name, _LINEAR_LOSS_SCHEMA, _grouped(kernel), fake, device)
@@ -374,13 +377,11 @@ def _define_linear_loss(backend: str, kernel: Kernel, device: str | None, state:
 
 
 LINEAR_LOSS = {
-    "reference": _define_linear_loss(
-        "reference", reference_linear_loss.linear_loss_reference, None
+    "reference": _define_loss("reference", reference_linear_loss.linear_loss_reference),
+    "triton": _define_loss(
+        "triton", triton("linear_loss", "linear_loss_triton"), TRITON_DEVICE, STATE
     ),
-    "triton": _define_linear_loss(
-        "triton", triton("linear_loss", "linear_loss_triton"), TRITON_DEVICE, native_loss.STATE
-    ),
-    "cpp": _define_linear_loss("cpp", native_linear_loss.linear_loss_cpp, "cpu", native_loss.STATE),
+    "cpp": _define_loss("cpp", native_linear_loss.linear_loss_cpp, "cpu", STATE),
 }
 
 # an op, since torch.compile has no segment_reduce

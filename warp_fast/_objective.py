@@ -64,6 +64,8 @@ class Rows:
             kept = torch.ones_like(index, dtype=torch.bool)
         else:
             kept = mask.reshape(-1) != 0
+        if cu_seqlens is not None:  # nobody asks a GPU whether they end at N
+            kept, sequence = kept & (index < cu_seqlens[-1]), sequence.clamp(max=max(0, count - 1))
         on_host = (kept, sequence) if source.type == "cpu" else None
         kept, sequence = (x.to(device, non_blocking=True) for x in (kept, sequence))
         ids = torch.where(kept, token_ids.reshape(-1).long(), 0)
@@ -154,26 +156,31 @@ def _coefficients(rows: Rows, difference: Tensor, terms: Terms) -> Tensor:
     return torch.where(rows.mask, found, 0)
 
 
-def _ratio(logp: Tensor, coefficients: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """r c and the clipped r c."""
-    assert terms.old_logprobs is not None
-    ratio = torch.exp(logp - terms.old_logprobs.to(logp.dtype))
+def _clipped(log_ratio: Tensor, coefficients: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """What c times the clipped ratio r is, and whether it counts, for r c is more or c is 0."""
+    none = coefficients == 0  # times a ratio that may be infinite
     if terms.clip_range is None:
-        return ratio * coefficients, ratio * coefficients
+        return torch.zeros_like(coefficients), none
     low, high = terms.clip_range
-    return ratio * coefficients, ratio.clamp(1 - low, 1 + high) * coefficients
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - low, 1 + high) * coefficients
+    return clipped, none | (ratio * coefficients > clipped)
 
 
 def _gain(logp: Tensor, coefficients: Tensor, terms: Terms) -> Tensor:
     """What the policy gradient ascends: c log pi, or the (clipped) importance ratio times c."""
     if terms.old_logprobs is None:
         return coefficients * logp
-    return torch.minimum(*_ratio(logp, coefficients, terms))
+    log_ratio = logp - terms.old_logprobs.to(logp.dtype)
+    clipped, counts = _clipped(log_ratio.detach(), coefficients, terms)
+    # a ratio that is infinite must not meet the 0 that its gradient is multiplied by
+    return torch.where(counts, clipped, torch.where(counts, 0, log_ratio).exp() * coefficients)
 
 
 def _gain_slope(logp: Tensor, coefficients: Tensor, terms: Terms) -> Tensor:
     """The derivative of `_gain` in log pi: 0 where the ratio is clipped."""
     if terms.old_logprobs is None:
         return coefficients
-    free, clipped = _ratio(logp, coefficients, terms)
-    return torch.where(free > clipped, 0, free)
+    log_ratio = logp - terms.old_logprobs.to(logp.dtype)
+    _, counts = _clipped(log_ratio, coefficients, terms)
+    return torch.where(counts, 0, log_ratio.exp() * coefficients)

@@ -28,8 +28,9 @@ class Product:
         self.columns = min(_COLUMNS, len(weight))
         self.rows = len(states) if keep else min(max(1, _TILE // self.columns), len(states))
         size = self.rows * (len(weight) if keep else self.columns)
-        fits = buffer is not None and buffer.numel() >= size
-        self.buffer = buffer if buffer is not None and fits else torch.empty(size)
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.float32)
+        self.buffer = buffer
         self.head = weight[:0]
 
     def tiles(self, again: bool = False) -> Iterator[Tile]:
@@ -61,10 +62,10 @@ class Gradients:
     def __init__(self, product: Product, needs_states: bool, needs_weight: bool) -> None:
         self.product, self.needs_states, self.needs_weight = product, needs_states, needs_weight
         states, weight = product.states, product.weight
-        self.states = torch.zeros(states.shape if needs_states else 0)
+        self.states = torch.zeros(states.shape if needs_states else 0, dtype=torch.float32)
         # written whole by the first rows, if there are any
         make = torch.empty if product.rows else torch.zeros
-        self.weight = make(weight.shape if needs_weight else 0)
+        self.weight = make(weight.shape if needs_weight else 0, dtype=torch.float32)
 
     def add(self, piece: slice, first: int, dlogits: Tensor) -> None:
         states, head = self.product.states[piece], self.product.head

@@ -23,8 +23,9 @@ from warp_fast._objective import (
     with_given_anchor,
 )
 from warp_fast._slices import cut, groups, within
+from warp_fast.native._state import STATE, by_row, coefficients_of, new_state, statistics_of
 from warp_fast.native._tiles import Gradients, Product, side_by_side
-from warp_fast.native.loss import STATE, Head, by_row, coefficients_of, new_state, statistics_of
+from warp_fast.native.loss import Head
 from warp_fast.reference import linear_loss as reference
 from warp_fast.reference.linear_loss import Heads, LinearLoss
 from warp_fast.reference.loss import Stats, _check_ids
@@ -101,7 +102,7 @@ def linear_token_stats_backward_cpp(
         for piece, first, logits, other in side_by_side(policy, anchor):
             head.gradient(logits, other, ids[piece], coefficients[piece], logits, first)
             gradients.add(piece, first, logits)
-    dhidden = torch.zeros(heads.hidden.shape if needs[0] else 0)
+    dhidden = torch.zeros(heads.hidden.shape if needs[0] else 0, dtype=torch.float32)
     if needs[0]:
         dhidden[rows] = gradients.states
     return dhidden, gradients.weight
@@ -127,7 +128,7 @@ def linear_loss_cpp(
         gradients = making.dhidden, making.dweight
     else:
         *found, state = linear_token_stats_cpp(heads, rows.token_ids, rows.mask, exact_kl, entropy)
-        gradients = torch.empty(0), torch.empty(0)
+        gradients = found[0].new_empty(0), found[0].new_empty(0)
     stats = with_given_anchor(Stats(*found), terms)
     total, upstream = objective(rows, stats, terms), slopes(rows, stats, terms)
     return LinearLoss(total, *found, state, upstream, *gradients)  # type: ignore[call-arg]
@@ -152,8 +153,8 @@ class _Making:
         self.head = Head(heads.temperature, heads.softcap, exact_kl_of(terms.kl))
         self.anchored = heads.anchor_hidden is not None
         hidden, weight = heads[:2]
-        self.dhidden = torch.zeros(hidden.shape if needs[0] else 0)
-        self.dweight = torch.empty(weight.shape if needs[1] else 0)
+        self.dhidden = torch.zeros(hidden.shape if needs[0] else 0, dtype=torch.float32)
+        self.dweight = torch.empty(weight.shape if needs[1] else 0, dtype=torch.float32)
         self.weighed = False  # whether dweight holds anything
 
     def by_row(self, count: int) -> tuple[Tensor, ...]:
@@ -166,7 +167,7 @@ class _Making:
         exact, count = bool(self.head.exact_kl), len(self.index)
         limit = _KEPT_ROWS // 2 if exact else _KEPT_ROWS
         size = min(limit, count) * len(weight)
-        buffers = [torch.empty(size) for _ in range(1 + exact)]
+        buffers = [torch.empty(size, dtype=torch.float32) for _ in range(1 + exact)]
         if anchor_hidden is not None and anchor_weight is not None and not exact:
             anchor = Product(anchor_hidden[self.index], anchor_weight, buffers[0])
             _add_anchor(self.head, anchor, self.ids, self.state)

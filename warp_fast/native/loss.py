@@ -13,10 +13,10 @@ from torch import Tensor
 
 from warp_fast.kernels._table import CODE
 from warp_fast.native._addresses import extension
+from warp_fast.native._state import STATE, by_row, coefficients_of, new_state
 from warp_fast.reference import loss as reference
 
-STATE = 8
-_EXACT = {"": 0, "reverse": 1, "forward": 2}
+EXACT_CODES = {"": 0, "reverse": 1, "forward": 2}
 Matrix = tuple[int, int, int]
 
 
@@ -43,8 +43,8 @@ def token_stats_cpp(
     reference._check_ids(token_ids, rows, logits.shape[1])
     head = Head(temperature, softcap, exact_kl)
     state = new_state(rows)
-    anchor = None if anchor_logits is None else _with_unit_stride(anchor_logits)
-    head.stats(_with_unit_stride(logits), anchor, token_ids[rows], state, entropy, index=rows)
+    anchor = None if anchor_logits is None else with_unit_stride(anchor_logits)
+    head.stats(with_unit_stride(logits), anchor, token_ids[rows], state, entropy, index=rows)
     return by_row(state, rows, len(token_ids), anchor is not None, exact_kl, entropy)
 
 
@@ -70,13 +70,13 @@ def token_stats_backward_cpp(
         state = token_stats_cpp(logits, token_ids, used, *arguments[2:], True)[-1]
     rows = used.nonzero()[:, 0]
     dlogits = torch.empty_like(logits)
-    written = _with_unit_stride(dlogits)
+    written = with_unit_stride(dlogits)
     written[~used] = 0
     anchor = None
     if anchor_logits is not None and exact_kl:
-        anchor = _with_unit_stride(anchor_logits)
+        anchor = with_unit_stride(anchor_logits)
     Head(temperature, softcap, exact_kl).gradient(
-        _with_unit_stride(logits),
+        with_unit_stride(logits),
         anchor,
         token_ids[rows],
         coefficients_of(state[rows], upstream[rows], exact_kl, temperature),
@@ -109,7 +109,7 @@ class Head:
             *self._shared(logits, anchor, token_ids, first, index),
             state.data_ptr(),
             entropy,
-            _EXACT[self.exact_kl] if anchor is not None else 0,
+            EXACT_CODES[self.exact_kl] if anchor is not None else 0,
         )
 
     def gradient(
@@ -124,7 +124,7 @@ class Head:
     ) -> None:
         extension().loss_gradient(
             *self._shared(logits, anchor, token_ids, first, index),
-            _matrix(gradient),
+            matrix(gradient),
             coefficients.data_ptr(),
         )
 
@@ -137,8 +137,8 @@ class Head:
         index: Tensor | None,
     ) -> tuple[Matrix | int | float, ...]:
         return (
-            _matrix(logits),
-            (0, 0, CODE[torch.float32]) if anchor is None else _matrix(anchor),
+            matrix(logits),
+            (0, 0, CODE[torch.float32]) if anchor is None else matrix(anchor),
             0 if index is None else index.data_ptr(),
             token_ids.data_ptr(),
             len(token_ids),
@@ -150,57 +150,10 @@ class Head:
         )
 
 
-def _matrix(rows: Tensor) -> Matrix:
+def matrix(rows: Tensor) -> Matrix:
     return rows.data_ptr(), rows.stride(0), CODE[rows.dtype]
 
 
-def _with_unit_stride(rows: Tensor) -> Tensor:
+def with_unit_stride(rows: Tensor) -> Tensor:
     """The same rows, each contiguous."""
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def new_state(rows: Tensor) -> Tensor:
-    """[n, 8] before any column."""
-    state = torch.zeros(len(rows), STATE, dtype=torch.float64)
-    state[:, :: STATE // 2] = -torch.inf
-    return state
-
-
-def statistics_of(state: Tensor, anchored: bool, exact_kl: str, entropy: bool) -> Tensor:
-    """[4, n] of the rows of a state, as in `Stats`."""
-    top, total, picked, moment, anchor_top, anchor_total, anchor_picked, cross = state.unbind(1)
-    lse, anchor_lse = top + total.log(), anchor_top + anchor_total.log()
-    found = torch.zeros(4, len(state))
-    found[0] = ((picked - top) - total.log()).clamp(max=0)
-    if entropy:
-        found[1] = (total.log() - moment / total).clamp(min=0)
-    if anchored:
-        found[2] = ((anchor_picked - anchor_top) - anchor_total.log()).clamp(max=0)
-    if anchored and exact_kl == "reverse":
-        found[3] = (cross / total - (lse - anchor_lse)).clamp(min=0)
-    elif anchored and exact_kl == "forward":
-        found[3] = (cross / anchor_total - (anchor_lse - lse)).clamp(min=0)
-    return found
-
-
-def by_row(
-    state: Tensor, rows: Tensor, count: int, anchored: bool, exact_kl: str, entropy: bool
-) -> tuple[Tensor, ...]:
-    """The statistics and the state of all rows, 0 where there is none."""
-    found, saved = torch.zeros(4, count), torch.zeros(count, STATE, dtype=torch.float64)
-    found[:, rows], saved[rows] = statistics_of(state, anchored, exact_kl, entropy), state
-    return *(row.clone() for row in found), saved
-
-
-def coefficients_of(state: Tensor, upstream: Tensor, exact_kl: str, temperature: float) -> Tensor:
-    """[n, 7] of `LossCoefficient` in csrc/cpu.h: du = p (A + B (u - max) + C (u - v)) - Q q."""
-    dlogprobs, dentropy, dkl = upstream.double().T / temperature
-    top, total, _, moment, anchor_top, anchor_total, _, cross = state.unbind(1)
-    zero = torch.zeros_like(total)
-    a, b, c, q = dentropy * moment / total - dlogprobs, -dentropy, zero, zero
-    if exact_kl == "reverse":
-        a, c = a - dkl * cross / total, dkl
-    elif exact_kl == "forward":
-        a, q = a + dkl, dkl / anchor_total
-    columns = [top, a / total, b / total, c / total, anchor_top, q, dlogprobs]
-    return torch.stack(columns, 1).float()

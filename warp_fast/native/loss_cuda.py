@@ -13,7 +13,8 @@ from torch import Tensor
 
 from warp_fast.kernels._table import CODE, on_device
 from warp_fast.native._addresses import addresses, extension
-from warp_fast.native.loss import _EXACT, STATE, _matrix, _with_unit_stride
+from warp_fast.native._state import STATE
+from warp_fast.native.loss import EXACT_CODES, matrix, with_unit_stride
 from warp_fast.reference import loss as reference
 
 _NO_MATRIX = (0, 0, CODE[torch.float32])
@@ -72,7 +73,7 @@ def token_stats_backward_cuda(
         )
     anchor = anchor_logits if exact_kl else None
     dlogits = torch.empty_like(logits)
-    out = _with_unit_stride(dlogits)
+    out = with_unit_stride(dlogits)
     upstream = upstream.contiguous()
     state = None if state is None else state.contiguous()
     with on_device(logits):
@@ -81,7 +82,7 @@ def token_stats_backward_cuda(
             *rows.arguments,
             upstream.data_ptr(),
             0 if state is None else state.data_ptr(),
-            _matrix(out),
+            matrix(out),
             _stream(),
         )
     return dlogits if out is dlogits else dlogits.copy_(out)
@@ -99,16 +100,16 @@ class _Rows:
         softcap: float | None,
         exact_kl: str,
     ) -> None:
-        self.logits, self.token_ids = _with_unit_stride(logits), token_ids.contiguous()
-        self.anchor = None if anchor is None else _with_unit_stride(anchor)
+        self.logits, self.token_ids = with_unit_stride(logits), token_ids.contiguous()
+        self.anchor = None if anchor is None else with_unit_stride(anchor)
         self.arguments: tuple[Any, ...] = (
-            _matrix(self.logits),
-            _NO_MATRIX if self.anchor is None else _matrix(self.anchor),
+            matrix(self.logits),
+            _NO_MATRIX if self.anchor is None else matrix(self.anchor),
             self.token_ids.data_ptr(),
             *logits.shape,
             softcap or 0.0,
             temperature,
-            0 if anchor is None else _EXACT[exact_kl],
+            0 if anchor is None else EXACT_CODES[exact_kl],
         )
 
 

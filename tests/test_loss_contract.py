@@ -1,0 +1,92 @@
+"""What callers of the losses may rely on besides the numbers: ratios, memory, gradients of what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_loss_checks import V, arguments, both, gradients, loss_of, served
+from warp_fast import _loss_checks
+from warp_fast._objective import Rows
+
+
+@pytest.mark.parametrize("clip_range", [0.2, None])
+@pytest.mark.parametrize("old", [-200.0, -100.0, 0.0])
+@served
+@both
+def test_ratios_without_bound(form: str, backend: str, old: float, clip_range: Any) -> None:
+    """A token that was all but impossible: an infinite ratio, unless it is clipped or times 0."""
+    given = arguments(form, 2, 2)
+    given["advantages"] = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    free = clip_range is None and old < -88
+    if free:
+        given["advantages"] = torch.zeros(2, 2)
+    old_logprobs = torch.full((2, 2), old)
+    options = {"old_logprobs": old_logprobs, "clip_range": clip_range, "kl": "k2"}
+    loss = loss_of(given, **options, backend=backend)
+    gold = loss_of(
+        {name: x.double() if x.is_floating_point() else x for name, x in given.items()},
+        **{**options, "old_logprobs": old_logprobs.double()},
+        backend="reference",
+    )
+    assert loss.loss.isfinite()
+    torch.testing.assert_close(loss.loss.double(), gold.loss)
+    for slope in gradients(given, loss.loss):
+        assert slope.isfinite().all()
+
+
+@served
+def test_both_forms_have_one_gradient_at_a_clipped_ratio(backend: str) -> None:
+    """From logits autograd makes it, from hidden states the kernel; the head copies."""
+    logits = torch.randn(2, 3, V).requires_grad_()
+    hidden = logits.detach().clone().requires_grad_()
+    advantages = torch.tensor([[1.0, -1.0, 0.0], [2.0, 0.5, -0.5]])
+    given = {
+        "token_ids": torch.randint(0, V, (2, 3)),
+        "advantages": advantages,
+        "old_logprobs": torch.tensor([[-91.0, -1.0, -200.0], [-2.0, -5.0, -0.1]]),
+        "clip_range": 0.2,
+        "kl": "none",
+        "backend": backend,
+    }
+    (first,) = torch.autograd.grad(loss_of({"logits": logits, **given}).loss, logits)
+    whole = {"hidden": hidden, "weight": torch.eye(V), **given}
+    (second,) = torch.autograd.grad(loss_of(whole).loss, hidden)
+    assert first.isfinite().all()
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("kl", ["reward", "k3"])
+@served
+@both
+def test_the_anchor_may_be_overwritten_once_the_loss_is_there(
+    form: str, backend: str, kl: Any
+) -> None:
+    given = arguments(form, 2, 3)
+    expected = gradients(given, loss_of(given, kl=kl, backend=backend).loss)
+    loss = loss_of(given, kl=kl, backend=backend).loss
+    for name in ("anchor_logits", "anchor_hidden", "anchor_weight"):
+        if name in given:
+            given[name].zero_()
+    for ours, gold in zip(gradients(given, loss), expected, strict=True):
+        assert torch.equal(ours, gold)
+
+
+@served
+@both
+def test_the_anchor_has_no_gradient(form: str, backend: str) -> None:
+    loss = loss_of(arguments(form, 2, 3), backend=backend)
+    assert loss.logprobs.requires_grad and not loss.anchor_logprobs.requires_grad
+
+
+def test_rows_behind_the_last_sequence_are_masked_where_nobody_can_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On GPUs, and in traces, cu_seqlens is not read."""
+    monkeypatch.setattr(_loss_checks, "can_look", lambda tensor: False)
+    ids, bounds = torch.zeros(6, dtype=torch.long), torch.tensor([0, 1, 4])
+    rows = Rows.of(ids, None, bounds, ids.shape, torch.device("cpu"), "logits")
+    assert rows.mask.tolist() == [True] * 4 + [False] * 2
+    assert rows.sequence.tolist() == [0, 1, 1, 1, 1, 1]
