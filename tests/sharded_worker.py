@@ -61,6 +61,18 @@ def slerp_equals_unsharded(mesh: Any, replicated: bool) -> None:
                 torch.testing.assert_close(full(ours[name]), theirs[name], rtol=1e-6, atol=1e-6)
 
 
+def plain_tensors_count_once(mesh: Any) -> None:
+    """Beside DTensors a plain one is the same on every rank."""
+    mixed = []
+    for seed in range(3):
+        whole, sharded = weights(seed, mesh)
+        mixed.append((whole, {**sharded, "b": whole["b"]}))
+    (init, mixed_init), (policies, others) = mixed[0], zip(*mixed[1:], strict=True)
+    torch.testing.assert_close(
+        gram(mixed_init, others), gram(init, policies), rtol=1e-13, atol=1e-13
+    )
+
+
 def slerp_refuses(mesh: Any) -> None:
     init, sharded = weights(0, mesh)
     partial = {n: DTensor.from_local(t, mesh, [Partial()]) for n, t in init.items()}
@@ -70,6 +82,10 @@ def slerp_refuses(mesh: Any) -> None:
     broken = {name: tensor.clone() for name, tensor in weights(1, mesh)[1].items()}
     if dist.get_rank() == 1:
         broken["a"].to_local()[0, 0] = float("nan")
+    # a sum over one mesh is not one over another
+    other = init_device_mesh("cpu", (1, 2))
+    mixed = {**sharded, "b": distribute_tensor(init["b"], other, [Replicate(), Shard(0)])}
+    raises("on one device mesh", gram, mixed, [mixed])
     # every process refuses what one of them sees
     raises("must be finite", slerp, sharded, [broken])
 
@@ -142,6 +158,7 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (2,))
     for replicated in (False, True):
         slerp_equals_unsharded(mesh, replicated)
+    plain_tensors_count_once(mesh)
     slerp_refuses(mesh)
     for storage in ("fp32", "split", "stochastic"):
         ema_equals_unsharded(mesh, storage)

@@ -155,6 +155,25 @@ def test_refuses() -> None:
     other = EMAAnchor(nn.Linear(2, 2), 0.1)
     with pytest.raises(ValueError, match="differing"):
         anchor.load_state_dict(other.state_dict())
+    state = anchor.state_dict()
+    before = {name: average.clone() for name, average in state["averages"].items()}
+    short = {key: value for key, value in state.items() if key != "step"}
+    with pytest.raises(ValueError, match=r"must hold \['step'\]"):
+        anchor.load_state_dict(short)
+    halves = {name: torch.ones_like(x, dtype=torch.float16) for name, x in before.items()}
+    with pytest.raises(ValueError, match=r"averages of .* torch.bfloat16; got .* torch.float16"):
+        anchor.load_state_dict({**state, "averages": halves})
+    assert all(torch.equal(anchor.state_dict()["averages"][name], x) for name, x in before.items())
+
+
+def test_a_loaded_anchor_has_the_buffers_of_its_policy() -> None:
+    policy = nn.BatchNorm1d(3)
+    state = EMAAnchor(policy, 0.1).state_dict()
+    fresh = nn.BatchNorm1d(3)
+    anchor = EMAAnchor(fresh, 0.1)
+    fresh.get_buffer("running_mean").fill_(7)  # as the policy's own checkpoint does
+    anchor.load_state_dict(state)
+    assert anchor.module.get_buffer("running_mean").tolist() == [7, 7, 7]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -153,6 +153,30 @@ def test_refuses(source: Any, error: type[Exception], message: str) -> None:
         FlatParameters(source)
 
 
+def test_one_name_of_a_tie_is_enough_to_rebind() -> None:
+    """named_parameters() has each parameter under its first name alone."""
+    module = Tied()
+    expected = state(module)
+    FlatParameters(module.named_parameters()).rebind_(module)
+    assert_state(module, expected)
+    assert module.head.weight is module.embed.weight
+
+
+def test_rebind_refuses_ties_of_one_side_alone() -> None:
+    tied, untied = Tied(), Tied()
+    untied.head.weight = nn.Parameter(torch.ones(7, 5))
+    for source, target in ((tied, untied), (untied, tied)):
+        before = state(target)
+        with pytest.raises(ValueError, match=r"tied in both or in neither; see \['embed.weight'"):
+            FlatParameters(source).rebind_(target)
+        assert_state(target, before)
+
+
+def test_meta_tensors_are_not_tied() -> None:
+    pair = {name: torch.zeros(2, device="meta") for name in "ab"}
+    assert [segment.names for segment in FlatParameters(pair).segments] == [("a",), ("b",)]
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -153,6 +153,24 @@ def test_elements_outside_the_segments_keep_the_value_of_init(backend: str, give
 
 
 @every_backend
+def test_a_buffer_takes_the_segments_of_its_dtype(backend: str) -> None:
+    flats = [FlatParameters({"a": torch.randn(9).bfloat16(), "b": torch.randn(4)}) for _ in "012"]
+    for dtype, name in ((torch.bfloat16, "a"), (FP32, "b")):
+        init, *policies = (flat.buffers[dtype] for flat in flats)
+        found = slerp(init, policies, segments=flats[0].segments, backend=backend)
+        start, *ends = (flat.views()[name] for flat in flats)
+        expected = slerp(start, ends, backend=backend)
+        assert_equal([found[: len(expected)]], [expected])
+
+
+@pytest.mark.gpu
+def test_the_report_of_lerp_is_on_one_device() -> None:
+    init = torch.zeros(3, device="cuda")
+    _, report = lerp(init, [init + 1], return_report=True)
+    assert report.merged_norms.isfinite().all()
+
+
+@every_backend
 def test_flat_parameters_bring_their_segments(backend: str) -> None:
     torch.manual_seed(0)
     modules = [nn.Linear(5, 3) for _ in range(3)]
@@ -180,7 +198,7 @@ def test_groups_of_names_are_segments(segments: Any) -> None:
 
 # --- refused -------------------------------------------------------------------------------------
 
-V, W = torch.zeros(6), torch.ones(6)
+V, W, FP8 = torch.zeros(6), torch.ones(6), torch.float8_e4m3fn
 FLAT = FlatParameters({"a": W, "b": W[:2]}).segments
 META = torch.zeros(6, device="meta")
 D = {"a": V, "b": V}
@@ -190,8 +208,10 @@ REFUSED: list[tuple[Any, Any, Any, type[Exception], str]] = [
     (V, [W], [(0, 3), (2, 6)], ValueError, r"of 6 elements; got \(2, 6\) after 3"),
     (V, [W], [(0, 7)], ValueError, r"got \(0, 7\) after 0"),
     (V, [W], [(3, 2)], ValueError, r"got \(3, 2\) after 0"),
-    (V.half(), [W.half()], FLAT[:1], ValueError, "a is torch.float32, but the flat .*float16"),
+    (V.half(), [W.half()], FLAT[:1], ValueError, "segments must be torch.float16 like the flat"),
     (V, [W], [], ValueError, "init must hold at least one tensor"),
+    ([V, META], [[W, META]], None, ValueError, r"on one device; got tensors on \['cpu', 'meta'\]"),
+    ([V.to(FP8)], [[W.to(FP8)]], None, TypeError, "floating, of 16 bits or more; got .*float8"),
     (D, [D], [["a"]], ValueError, r"every name exactly once; check \['b'\]"),
     (D, [D], [["a", "b"], ["a"]], ValueError, r"exactly once; check \['a'\]"),
     (D, [D], {"k": ["a", "b", "c"]}, ValueError, r"exactly once; check \['c'\]"),
@@ -208,7 +228,7 @@ REFUSED: list[tuple[Any, Any, Any, type[Exception], str]] = [
     ([V], [[V], [W, W]], None, ValueError, "policy 1 must hold 1 tensors like init; got 2"),
     (D, [{"a": V, "b": W[:2]}], None, ValueError, r"policy 0, b: must be \(6,\) .*got \(2,\)"),
     ([V], [[META]], None, ValueError, r"policy 0, tensor 0: must be .* on cpu .* on meta"),
-    (V, [W.int()], None, TypeError, "policy 0, the tensor: must be floating; got .*int32"),
+    (V, [W.int()], None, TypeError, "policy 0, the tensor: must be floating, .* got .*int32"),
 ]
 
 

@@ -62,28 +62,38 @@ def check_layout(name: str, tensor: Tensor, like: Tensor) -> None:
         )
 
 
-def counted_here(tensor: Tensor) -> bool:
-    """Whether this rank's copy counts in a sum over ranks: the first of all replicas does."""
-    if not is_sharded(tensor):
+def common_mesh(tensors: Sequence[Any]) -> Any:
+    """The device mesh of all DTensors among the tensors, or None."""
+    meshes = [tensor.device_mesh for tensor in tensors if is_sharded(tensor)]
+    if odd := [mesh for mesh in meshes if mesh != meshes[0]]:
+        raise ValueError(f"DTensors must be on one device mesh; got {meshes[0]} and {odd[0]}")
+    return meshes[0] if meshes else None
+
+
+def counted_here(tensor: Tensor, mesh: Any) -> bool:
+    """Whether this rank's copy counts in a sum over a mesh: the first of all replicas does.
+
+    A plain tensor beside DTensors is taken to be the same on every rank.
+    """
+    if mesh is None:
         return True
-    sharded: Any = tensor
-    mesh = sharded.device_mesh
+    given: Any = tensor
+    placements = given.placements if is_sharded(tensor) else [None] * mesh.ndim
     return all(
         mesh.get_local_rank(dim) == 0
-        for dim, placement in enumerate(sharded.placements)
-        if placement.is_replicate()
+        for dim, placement in enumerate(placements)
+        if placement is None or placement.is_replicate()
     )
 
 
-def sum_over_ranks_(values: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Add `values` up over the ranks that share the tensors: one all-reduce per mesh dimension."""
-    first: Any = next((t for t in tensors if is_sharded(t)), None)
-    if first is None:
+def sum_over_ranks_(values: Tensor, mesh: Any) -> None:
+    """Add `values` up over the ranks of a mesh: one all-reduce per dimension."""
+    if mesh is None:
         return
     import torch.distributed as dist
 
-    for dim in range(first.device_mesh.ndim):
-        dist.all_reduce(values, group=first.device_mesh.get_group(dim))
+    for dim in range(mesh.ndim):
+        dist.all_reduce(values, group=mesh.get_group(dim))
 
 
 def first_index(tensor: Tensor) -> int:

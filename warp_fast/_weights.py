@@ -10,8 +10,10 @@ from torch import Tensor
 
 from warp_fast import _sharded
 from warp_fast.flat import Segment
+from warp_fast.kernels._table import CODE
 from warp_fast.native.slerp import fresh_like
 
+_FLOATING = [dtype for dtype in CODE if dtype.is_floating_point]
 Weights = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
@@ -60,16 +62,18 @@ def _flat_layout(init: Tensor, segments: Sequence[Segment | tuple[int, int]]) ->
     ranges, names, end = [], [], 0
     for entry in segments:
         start, stop = entry[0], entry[1]
+        if isinstance(entry, Segment) and entry.dtype != init.dtype:
+            continue  # of another buffer of FlatParameters
         if not end <= start <= stop <= init.numel():
             raise ValueError(
                 "segments must be ordered, disjoint and inside the tensor of "
                 f"{init.numel()} elements; got ({start}, {stop}) after {end}"
             )
-        if isinstance(entry, Segment) and entry.dtype != init.dtype:
-            raise ValueError(f"{entry.name} is {entry.dtype}, but the flat tensor is {init.dtype}")
         ranges.append((start, stop))
         names.append(repr(entry.name) if isinstance(entry, Segment) else f"[{start}:{stop}]")
         end = stop
+    if segments and not ranges:
+        raise ValueError(f"segments must be {init.dtype} like the flat tensor; none of them is")
     return Layout(list(range(len(ranges))), names, ranges=ranges)
 
 
@@ -99,6 +103,8 @@ def matched(
     ours = layout.tensors(init)
     if not ours:
         raise ValueError("init must hold at least one tensor; got none")
+    if len(devices := {str(tensor.device) for tensor in ours}) > 1:
+        raise ValueError(f"init must be on one device; got tensors on {sorted(devices)}")
     result: list[Tensor] = []
     for m, policy in enumerate(policies):
         _check_form(f"{role} {m}", init, policy)
@@ -111,8 +117,11 @@ def matched(
                     f"got {tuple(b.shape)} on {b.device}"
                 )
             _sharded.check_layout(f"{role} {m}, {where}", b, a)
-            if not (a.is_floating_point() and b.is_floating_point()):
-                raise TypeError(f"{role} {m}, {where}: must be floating; got {a.dtype}, {b.dtype}")
+            if not (a.dtype in _FLOATING and b.dtype in _FLOATING):
+                raise TypeError(
+                    f"{role} {m}, {where}: must be floating, of 16 bits or more; "
+                    f"got {a.dtype}, {b.dtype}"
+                )
         result += [tensor.detach() for tensor in theirs]
     return result
 

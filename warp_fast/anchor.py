@@ -166,7 +166,12 @@ class EMAAnchor:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; raises ValueError, changing nothing, if it is of another anchor."""
+        """Take over a state; raises ValueError, changing nothing, if it is of another anchor.
+
+        Buffers and frozen parameters are the policy's: load the policy first.
+        """
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise ValueError(f"the state of an anchor must hold {missing}; got {sorted(state)}")
         if state["storage"] != self.storage:
             raise ValueError(
                 f"storage must be {self.storage!r}; the state has {state['storage']!r}"
@@ -181,14 +186,16 @@ class EMAAnchor:
                 odd = sorted(ours.keys() ^ theirs.keys())
                 raise ValueError(f"{part} must have the policy's names; differing: {odd[:5]}")
             for name in ours:
-                if ours[name].shape != theirs[name].shape:
+                expected, got = ours[name], theirs[name]
+                if (expected.shape, expected.dtype) != (got.shape, got.dtype):
                     raise ValueError(
-                        f"{part} of {name} must be {tuple(ours[name].shape)}; "
-                        f"got {tuple(theirs[name].shape)}"
+                        f"{part} of {name} must be {tuple(expected.shape)} {expected.dtype}; "
+                        f"got {tuple(got.shape)} {got.dtype}"
                     )
         for part, ours in targets.items():
             for name, tensor in ours.items():
                 tensor.copy_(state[part][name])
+        self._copy_buffers()
         self._forget_gathered()
         self.rate, self.seed, self.step = state["rate"], state["seed"], state["step"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -110,35 +111,43 @@ def _run(command: str, rest: list[str]) -> int:
 
 
 def _spread(parser: Any, arguments: list[str]) -> list[str]:
-    """Let list options take several values or be repeated: --eta 0.3 0.5 is --eta=[0.3, 0.5]."""
-    lists = _list_options(parser)
+    """Bring options into the form that the parser knows.
+
+    Lists take several values or are repeated: --eta 0.3 0.5 is --eta=[0.3, 0.5]. A flag alone is
+    true, and a name may be spelt with hyphens: --dry-run is --dry_run=true.
+    """
+    hints = {
+        option: str(getattr(action, "_typehint", None))
+        for action in parser._actions
+        for option in action.option_strings
+    }
     others: list[str] = []
     values: dict[str, list[str]] = {}
     current = None
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if argument.startswith("--"):
-            current = name if name in lists else None
-        if current is None:
-            others.append(argument)
-        elif argument == name and argument.startswith("--"):
-            values.setdefault(current, [])
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        if not argument.startswith("--"):
+            (others if current is None else values[current]).append(argument)
+            continue
+        name, equals, value = argument.partition("=")
+        name = name if name in hints else "--" + name[2:].replace("-", "_")
+        hint = hints.get(name, "")
+        current = name if "list[" in hint else None
+        if current is not None:
+            values.setdefault(name, []).extend([value] if equals else [])
+        elif hint == str(bool) and not equals and following.startswith("--"):
+            others.append(f"{name}=true")
         else:
-            values.setdefault(current, []).append(value if argument.startswith("--") else argument)
-    for name, given in values.items():
-        alone = len(given) == 1 and (given[0].startswith("[") or not lists[name])
-        others.append(f"{name}={given[0]}" if alone else f"{name}=[{', '.join(given)}]")
-    return others
+            others.append(name + equals + value if hint else argument)
+    return others + [_list(name, given, hints[name]) for name, given in values.items()]
 
 
-def _list_options(parser: Any) -> dict[str, bool]:
-    """Options that take a list, and whether they take nothing else."""
-    return {
-        option: str(action._typehint).startswith("list[")
-        for action in parser._actions
-        if "list[" in str(getattr(action, "_typehint", ""))
-        for option in action.option_strings
-    }
+def _list(name: str, given: list[str], hint: str) -> str:
+    """One option with all its values; words stay words, whatever YAML would make of them."""
+    alone = len(given) == 1 and (given[0].startswith("[") or not hint.startswith("list["))
+    if alone:
+        return f"{name}={given[0]}"
+    items = map(json.dumps, given) if "list[str]" in hint else given
+    return f"{name}=[{', '.join(items)}]"
 
 
 def _explained(message: str, parser: Any) -> str:

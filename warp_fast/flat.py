@@ -80,20 +80,30 @@ class FlatParameters:
         Raises:
             ValueError: names, shapes or dtypes differ from the segments; nothing is changed then.
         """
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        views = self.views()
-        if parameters.keys() != views.keys():
-            odd = sorted(parameters.keys() ^ views.keys())
-            raise ValueError(f"module must have exactly the flat names; differing: {odd[:5]}")
-        for name, parameter in parameters.items():
-            view = views[name]
-            if (parameter.shape, parameter.dtype) != (view.shape, view.dtype):
-                raise ValueError(
-                    f"{name} must be {tuple(view.shape)} {view.dtype}; "
-                    f"got {tuple(parameter.shape)} {parameter.dtype}"
-                )
-        for name, parameter in parameters.items():
-            parameter.data = views[name]
+        groups = _group_tied(list(module.named_parameters(remove_duplicate=False)))
+        group_of = {name: g for g, (names, _) in enumerate(groups) for name in names}
+        flat = {name for segment in self.segments for name in segment.names}
+        covered = {group_of[name] for name in flat & group_of.keys()}
+        odd = flat - group_of.keys() | {n for n, g in group_of.items() if g not in covered}
+        if odd:
+            raise ValueError(
+                f"module must have exactly the flat names; differing: {sorted(odd)[:5]}"
+            )
+        segment_of: dict[int, Segment] = {}
+        for segment in self.segments:
+            for g in {group_of[name] for name in segment.names}:
+                names, parameter = groups[g]
+                if g in segment_of or not set(segment.names) <= set(names):
+                    tied = sorted({*names, *segment.names})
+                    raise ValueError(f"weights must be tied in both or in neither; see {tied[:5]}")
+                if (parameter.shape, parameter.dtype) != (segment.shape, segment.dtype):
+                    raise ValueError(
+                        f"{names[0]} must be {tuple(segment.shape)} {segment.dtype}; "
+                        f"got {tuple(parameter.shape)} {parameter.dtype}"
+                    )
+                segment_of[g] = segment
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            parameter.data = self._view(segment_of[group_of[name]])
         return module
 
 
@@ -122,7 +132,7 @@ def _group_tied(pairs: list[tuple[str, Tensor]]) -> list[tuple[tuple[str, ...], 
     tied: dict[object, tuple[list[str], Tensor]] = {}
     for name, tensor in pairs:
         key: object = name
-        if tensor.numel() > 0:
+        if tensor.numel() > 0 and not tensor.is_meta:
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         tied.setdefault(key, ([], tensor))[0].append(name)
     return [(tuple(names), tensor) for names, tensor in tied.values()]

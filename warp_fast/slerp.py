@@ -71,17 +71,17 @@ def _gram(
     layout: _weights.Layout, init: list[Tensor], policies: list[Tensor], backend: str
 ) -> Tensor:
     op = _ops.GRAM[resolve("slerp", backend, init[0].device)]
-    counted = [_counted(tensor.detach()) for tensor in init]
-    ends = [_counted(tensor) for tensor in policies]
+    mesh = _sharded.common_mesh(init)
+    counted, ends = ([_counted(x.detach(), mesh) for x in tensors] for tensors in (init, policies))
     result: Tensor = op(counted, ends, layout.segment, len(layout.names))
-    _sharded.sum_over_ranks_(result, init)
+    _sharded.sum_over_ranks_(result, mesh)
     return result
 
 
-def _counted(tensor: Tensor) -> Tensor:
+def _counted(tensor: Tensor, mesh: Any) -> Tensor:
     """The local shard; nothing of it where another rank's replica is the one that counts."""
     shard = _sharded.local(tensor)
-    return shard if _sharded.counted_here(tensor) else shard.flatten()[:0]
+    return shard if _sharded.counted_here(tensor, mesh) else shard.flatten()[:0]
 
 
 def slerp_coefficients(gram: Tensor) -> Tensor:
@@ -197,7 +197,8 @@ def _merge(
     if method == "slerp":
         coefficients = _coefficients(products, layout.names)
     else:
-        coefficients = torch.full((len(layout.names), runs), 1 / runs, dtype=torch.float64)
+        shape, device = (len(layout.names), runs), starts[0].device
+        coefficients = torch.full(shape, 1 / runs, dtype=torch.float64, device=device)
     if return_report:
         report = SlerpReport(layout.names, products, coefficients)
     results = _outputs(layout, init, out, len(etas), isinstance(eta, Sequence))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from warp_fast.merge import CheckpointError, merge_checkpoints, write
-from warp_fast.merge.checkpoint import read_header
+from warp_fast.merge.checkpoint import open_checkpoint, read_header
 
 GEMMA = {"model_type": "gemma2"}
 
@@ -158,6 +160,18 @@ def test_index_faults(saved: tuple[Path, Path], checkpoints: Any, family: Any) -
     _refused(saved[0], policy, "00002-of-00002.safetensors is missing")
 
 
+def test_one_file_is_read_before_an_index_as_transformers_does(
+    saved: tuple[Path, Path], checkpoints: Any, family: Any
+) -> None:
+    """A model that is saved again in one file may lie beside the index of its former shards."""
+    init, policy = saved
+    expected = open_checkpoint(policy, "policy").names
+    stale = checkpoints.save("stale", family(1, [torch.float32])[1][0], shards=2)
+    shutil.copy(stale / "model.safetensors.index.json", policy)
+    assert open_checkpoint(policy, "policy").names == expected
+    merge_checkpoints(init, [policy], init.parent / "out", progress=False)
+
+
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
 def test_vocabulary_mismatch_names_both_sizes(checkpoints: Any, name: str) -> None:
     init = checkpoints.save("init", {name: torch.zeros(97, 4)})
@@ -222,6 +236,43 @@ def test_output_place(saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(OSError, match=r"the merge needs .* GB, 0.000 GB are free"):
         merge_checkpoints(init, [policy], init.parent / "new", progress=False)
     assert not (init.parent / "new").exists()
+
+
+def test_a_mount_point_is_refused_before_the_merge(
+    saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = saved[0].parent / "out"
+    output.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == output)
+    with pytest.raises(ValueError, match=r"out is a mount point.* such as .*out/merged"):
+        merge_checkpoints(saved[0], [saved[1]], output, progress=False)
+
+
+def test_an_input_where_the_output_is_written_aside_is_kept(saved: tuple[Path, Path]) -> None:
+    init, policy = saved
+    aside = policy.rename(policy.parent / ".out.partial")
+    with pytest.raises(ValueError, match=r"policy 1 .* is where .*out is written"):
+        merge_checkpoints(init, [aside], init.parent / "out", progress=False)
+    assert open_checkpoint(aside, "policy").names
+
+
+def test_the_lock_is_on_the_directory_that_is_there(saved: tuple[Path, Path]) -> None:
+    """One that was removed between its opening and its lock is no place to write."""
+    output = saved[0].parent / "out"
+    real = fcntl.flock
+    gone: list[Path] = []
+
+    def flock(lock: int, kind: int) -> None:
+        if not gone:
+            gone.append(write.aside_of(output))
+            gone[0].rmdir()
+        real(lock, kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        with write.staged(output) as aside:
+            (aside / "mine").write_text("x")
+    assert [p.name for p in output.iterdir()] == ["mine"]
 
 
 def test_running_merge_is_not_disturbed(saved: tuple[Path, Path]) -> None:

@@ -26,6 +26,7 @@ def test_linear_of_equal_weights_is_lerp(tmp_path: Path) -> None:
     expected = {"init": "a", "policies": ["a", "b"], "method": "lerp", "granularity": "block"}
     expected_eta = {"eta": 1.0, "dtype": None}
     assert _read(tmp_path, LINEAR + TWO) == expected | expected_eta
+    assert _read(tmp_path, LINEAR + "parameters:\n" + TWO) == expected | expected_eta
     found = _read(tmp_path, LINEAR + TWO + "base_model: base\ndtype: bfloat16\n")
     assert (found["init"], found["policies"], found["dtype"]) == ("base", ["a", "b"], "bfloat16")
 
@@ -92,6 +93,8 @@ def test_slices_must_be_whole_models(tmp_path: Path, layers: int) -> None:
         (LINEAR, "either models or slices"),
         (LINEAR + "slices: [{sources: []}, {sources: []}]\n", "2 slices"),
         (LINEAR + "models: 3\n", "models must"),
+        (LINEAR + "models: []\n", "at least one model; got none"),
+        (LINEAR + "parameters: 3\n" + TWO, "parameters must be a mapping; got 3"),
         ("a: 1\n", "no merge_method"),
         ("{", "not valid YAML"),
     ],

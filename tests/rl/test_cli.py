@@ -204,3 +204,22 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for name in WarpConfig.__dataclass_fields__:
         assert f"--{name}" in shown
+
+
+@pytest.mark.parametrize("spelling", [["--dry-run"], ["--dry_run"], ["--dry_run", "true"]])
+def test_a_flag_alone_is_true(
+    tmp_path: Path, spelling: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = models.save(tmp_path / "sft", models.FAMILIES[0])
+    arguments = ["--init", str(start), "--policy", str(start), *spelling]
+    assert main(["merge", *arguments, "--output", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out").exists()
+    assert main(["merge", "--output", str(tmp_path / "out"), *arguments]) == 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["100", "true", "x: y", "r #1", "a,b"])
+def test_words_of_a_list_stay_words(failed: Failed, tmp_path: Path, name: str) -> None:
+    start = models.save(tmp_path / "sft", models.FAMILIES[0])
+    message = failed("merge", "--init", start, "--policy", start, name, "--output", tmp_path / "o")
+    assert f"policy 2: {name} is not a directory" in message

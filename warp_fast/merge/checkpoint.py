@@ -81,10 +81,10 @@ def open_checkpoint(path: Path, role: str) -> Checkpoint:
         )
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
-    if index.is_file():
-        entries = _sharded(index)
-    elif single.is_file():
+    if single.is_file():  # as transformers reads it, whatever index a checkpoint before left
         entries = read_header(single)
+    elif index.is_file():
+        entries = _sharded(index)
     else:
         raise CheckpointError(f"{role}: {_why_unreadable(path)}")
     if not entries:

@@ -37,12 +37,17 @@ def read_mergekit(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "merge_method" not in content:
         raise ValueError(f"{path} is not a mergekit configuration: it has no merge_method")
     _refuse_extras(content)
+    content["parameters"] = content.get("parameters") or {}
+    if not isinstance(content["parameters"], dict):
+        raise ValueError(f"parameters must be a mapping; got {content['parameters']!r}")
     try:
         models = _models(content)
     except (TypeError, KeyError, AttributeError, IndexError):
         raise ValueError(
             "models must be a list of {model: DIR}, slices of {sources: [{model, layer_range}]}"
         ) from None
+    if not models:
+        raise ValueError("models must list at least one model; got none")
     base = content.get("base_model")
     method = content["merge_method"]
     common = {"dtype": _dtype(content)}
@@ -74,7 +79,7 @@ def _models(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
         listed = slices[0]["sources"]
         for source in listed:
             _check_whole(source["model"], source["layer_range"])
-        content["parameters"] = {**content.get("parameters", {}), **slices[0].get("parameters", {})}
+        content["parameters"] = {**content["parameters"], **slices[0].get("parameters", {})}
     models = {str(m["model"]): m.get("parameters") or {} for m in listed}
     if len(models) < len(listed):
         raise ValueError("each model must be listed once")
@@ -95,7 +100,7 @@ def _check_whole(model: str, layers: list[int]) -> None:
 
 
 def _weight(model: str, own: dict[str, Any], content: dict[str, Any]) -> float:
-    weight = own.get("weight", content.get("parameters", {}).get("weight", 1.0))
+    weight = own.get("weight", content["parameters"].get("weight", 1.0))
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ValueError(
             f"weight of {model} must be one number; gradients and filters of mergekit are not "
@@ -112,7 +117,7 @@ def _dtype(content: dict[str, Any]) -> str | None:
 def _refuse_slerp(
     models: dict[str, dict[str, Any]], base: str | None, content: dict[str, Any]
 ) -> None:
-    t = content.get("parameters", {}).get("t", 0.5)
+    t = content["parameters"].get("t", 0.5)
     others = [model for model in models if model != base]
     if base is not None and len(others) == 1:
         eta = f"{t:g}" if isinstance(t, int | float) else "T"
@@ -128,7 +133,7 @@ def _linear(
     """sum w_m theta_m / sum w is theta_0 + eta * mean(theta_m - theta_0) if all w but w_0 agree."""
     weights = {model: _weight(model, own, content) for model, own in models.items()}
     total = sum(weights.values())
-    if content.get("parameters", {}).get("normalize", True) is not True and abs(total - 1) > 1e-9:
+    if content["parameters"].get("normalize", True) is not True and abs(total - 1) > 1e-9:
         raise ValueError(f"weights that are not normalised must sum to 1; got {total:g}")
     init = base if base is not None else next(iter(models))
     policies = [model for model in models if model != base]
@@ -147,7 +152,7 @@ def _nuslerp(
             "nuslerp must have two models and a base_model apart from them, their common start; "
             "without it mergekit rotates raw weights, which WARP does not"
         )
-    parameters = content.get("parameters", {})
+    parameters = content["parameters"]
     if parameters.get("nuslerp_flatten", True) is not True or parameters.get("nuslerp_row_wise"):
         raise ValueError(
             "nuslerp must treat a tensor as one vector, as WARP does (nuslerp_flatten)"

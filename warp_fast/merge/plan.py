@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 from warp_fast.merge.checkpoint import Checkpoint, open_checkpoint
 from warp_fast.merge.layout import OutputFile, output_files
 from warp_fast.merge.match import FLOATING, check_floating, check_match, tied_heads
+from warp_fast.merge.write import aside_of
 
 METHODS = ("slerp", "lerp")
 GRANULARITIES = ("tensor", "block", "model")
@@ -168,13 +170,24 @@ def _segments(names: list[str], granularity: str) -> dict[str, list[str]]:
 def _check_output(plan: MergePlan) -> None:
     output = plan.output
     for checkpoint in plan.inputs:
-        if output.resolve().is_relative_to(checkpoint.path.resolve()):
+        place = checkpoint.path.resolve()
+        if output.resolve().is_relative_to(place):
             raise ValueError(f"output {output} is inside {checkpoint}; choose another place")
+        if place.is_relative_to(aside_of(output)):
+            raise ValueError(
+                f"{checkpoint} is where {output} is written before it is whole; move it, or choose "
+                "another output"
+            )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
             errno.EEXIST, "output exists and is not empty; delete it or choose another", str(output)
         )
-    parent = next(p for p in output.absolute().parents if p.is_dir())
+    if os.path.ismount(output):
+        raise ValueError(
+            f"output {output} is a mount point, which nothing can be renamed to; "
+            f"give a directory in it, such as {output / 'merged'}"
+        )
+    parent = next(p for p in output.resolve().parents if p.is_dir())
     free = shutil.disk_usage(parent).free
     if plan.bytes_written > free:
         raise OSError(

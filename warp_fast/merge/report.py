@@ -118,7 +118,7 @@ class MergeReport:
         words = ["warp-fast", "merge", "--init", str(self.init)]
         words += [word for policy in self.policies for word in ("--policy", str(policy))]
         words += ["--method", self.method, "--granularity", self.granularity]
-        words += ["--eta", *(f"{eta:g}" for eta in self.etas)]
+        words += ["--eta", *(repr(eta) for eta in self.etas)]
         words += ["--dtype", self.dtype] if self.dtype else []
         return shlex.join([*words, "--output", "DIR"])
 

@@ -23,16 +23,10 @@ def staged(output: Path) -> Iterator[Path]:
     What a killed merge left there is removed by the next one; a lock, which dies with its process,
     tells that from a merge that is still running.
     """
-    final = output.resolve()
+    final, aside = output.resolve(), aside_of(output)
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".{final.name}.partial")
-    aside.mkdir(exist_ok=True)
-    lock = os.open(aside, os.O_RDONLY)
+    lock = _locked(aside)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(errno.EBUSY, "another merge is writing here", str(aside)) from None
         try:
             _clear(aside)
             yield aside
@@ -43,6 +37,29 @@ def staged(output: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
             raise
     finally:
+        os.close(lock)
+
+
+def aside_of(output: Path) -> Path:
+    """Where an output is written before it takes its name."""
+    final = output.resolve()
+    return final.with_name(f".{final.name}.partial")
+
+
+def _locked(directory: Path) -> int:
+    """Make a directory and lock it: the one that is there now, and not one removed meanwhile."""
+    while True:
+        directory.mkdir(exist_ok=True)
+        lock = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), os.stat(directory)):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            raise OSError(errno.EBUSY, "another merge is writing here", str(directory)) from None
+        except FileNotFoundError:
+            pass
         os.close(lock)
 
 
