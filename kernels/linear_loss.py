@@ -26,6 +26,7 @@ from warp_fast._objective import (
     with_given_anchor,
 )
 from warp_fast._objective import Rows as Tokens
+from warp_fast._precision import as_given
 from warp_fast._slices import cut, groups, within
 from warp_fast.kernels.loss import Found, Rows, check_on_host, row_gradient, row_statistics
 from warp_fast.reference.linear_loss import Heads, LinearLoss
@@ -142,7 +143,7 @@ class _Gradients:
         states, matrix = (x[part] for x, part in zip(self.operands, (rows, columns), strict=True))
         dlogits = dlogits.to(matrix.dtype)
         if self.needs[0]:
-            # 0 * NaN of a row without a gradient must not reach the sum, nor below
+            # NaN of a row without a gradient must not reach the sum, nor that of its states below
             found = _product(dlogits, matrix, self.states.dtype)
             found = found if scale is None else found * scale[:, None]
             self.states[rows] += torch.where(live[:, None], found, 0)
@@ -161,7 +162,7 @@ def linear_token_stats_triton(
     """
     check_on_host(token_ids, mask, heads.weight.shape[0])
     out = Found.empty(heads.hidden, len(token_ids), heads.compute_dtype)
-    with torch.autocast(heads.hidden.device.type, enabled=False):
+    with as_given(heads.hidden.device.type):
         logits = _Logits(heads, token_ids, mask, exact_kl)
         for part in cut(slice(0, len(token_ids)), max(1, _PART // logits.at_once)):
             row_statistics(logits.rows(part), out.at(part), entropy)
@@ -219,7 +220,7 @@ def _backward(
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     live = (upstream != 0).any(1)
-    with torch.autocast(upstream.device.type, enabled=False):
+    with as_given(upstream.device.type):
         logits = _Logits(heads, token_ids, live, exact_kl)
         gradients = _Gradients(heads, needs)
         for columns in cut(slice(0, len(heads.weight)), _COLUMNS):
@@ -275,7 +276,7 @@ def _loss(
     exact_kl = exact_kl_of(terms.kl)
     if any(needs):
         out = Found.empty(heads.hidden, len(tokens.mask), heads.compute_dtype)
-        with torch.autocast(heads.hidden.device.type, enabled=False):
+        with as_given(heads.hidden.device.type):
             logits = _Logits(heads, tokens.token_ids, tokens.mask, exact_kl)
             making = _Making(logits, _Gradients(heads, needs), out, tokens, terms, entropy)
             for group in groups(len(tokens.mask), lengths, making.block):

@@ -90,3 +90,38 @@ def test_rows_behind_the_last_sequence_are_masked_where_nobody_can_look(
     rows = Rows.of(ids, None, bounds, ids.shape, torch.device("cpu"), "logits")
     assert rows.mask.tolist() == [True] * 4 + [False] * 2
     assert rows.sequence.tolist() == [0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kl", ["reward", "reverse"])
+@served
+def test_products_are_in_fp32_whatever_is_allowed_elsewhere(
+    backend: str, kl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 on GPUs, and bf16 on CPUs that have it, would round the KL away."""
+    mkldnn: Any = torch.backends.mkldnn
+    multipliers = torch.backends.cuda.matmul, mkldnn.matmul
+    seen: set[str] = set()
+
+    def spied(name: str, owner: Any) -> None:
+        real = getattr(owner, name)
+
+        def spy(*given: Any, **options: Any) -> Any:
+            seen.update(m.fp32_precision for m in multipliers)
+            return real(*given, **options)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    for name, owner in (("mm", torch), ("addmm_", torch.Tensor), ("__matmul__", torch.Tensor)):
+        spied(name, owner)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        allowed = [m.fp32_precision for m in multipliers]
+        given = arguments("linear", 2, 3)
+        loss = loss_of(given, kl=kl, backend=backend)
+        (loss.loss + loss.logprobs.sum()).backward()
+        assert [m.fp32_precision for m in multipliers] == allowed and "ieee" not in allowed
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"ieee"}

@@ -70,7 +70,8 @@ def token_logprobs(
             row. TypeError: dtypes do not fit.
 
     Traffic: reads the logits once (2 bytes per bf16 logit); the gradient reads them again and
-        writes as much.
+        writes as much. A slice in T of padded logits (logits[:, :-1]) is copied first: slice hidden
+        states instead, or mask the last token.
     Numerics: fp32 throughout, max subtracted. Gradients flow to logits.
     """
     checks.head(temperature, softcap)
@@ -260,9 +261,11 @@ def linear_warp_loss(
         cost their share of the products. On CPU rows without a gradient cost no gradient.
     Memory: beside the gradients, which are in fp32, some logits: 1.5 KiB times V on CPU, 7.5 KiB (9
         for an exact KL) times V on GPUs; with low_memory 16 MiB, and 0.4 GiB for V 256k on GPUs.
-    Numerics: products in fp32, so that a KL of 1e-5 nats per token is right; the gradient of weight
-        is summed in fp32, and returned so where weight.grad_dtype is torch.float32: micro-batches
-        then add up in weight.grad, which may be a buffer of the caller's, without a rounding.
+        On GPUs fp16 takes a copy of the head in fp32 besides, mixed dtypes one of both heads.
+    Numerics: products in fp32, where TF32 is allowed too, so that a KL of 1e-5 nats per token is
+        right; the gradient of weight is summed in fp32, and returned so where weight.grad_dtype is
+        torch.float32: micro-batches then add up in weight.grad, which may be a buffer of the
+        caller's, without a rounding.
         Gradients flow to hidden and weight, each only if it requires one.
     """
     checks.head(temperature, softcap)

@@ -117,7 +117,7 @@ def _check_tied(plan: MergePlan, files: MappedFiles) -> None:
                 same = same and torch.equal(
                     files.view(ours, at, stop), files.view(theirs, at, stop)
                 )
-            files.release()
+                files.release()
             if not same:
                 raise CheckpointError(
                     f"{checkpoint}: {head} differs from {embedding}, but init ties them; it would "

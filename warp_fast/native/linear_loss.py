@@ -22,6 +22,7 @@ from warp_fast._objective import (
     slopes,
     with_given_anchor,
 )
+from warp_fast._precision import as_given
 from warp_fast._slices import cut, groups, within
 from warp_fast.native._state import STATE, by_row, coefficients_of, new_state, statistics_of
 from warp_fast.native._tiles import Gradients, Product, side_by_side
@@ -50,7 +51,7 @@ def linear_token_stats_cpp(
     _check_ids(token_ids, rows, heads.weight.shape[0])
     state, ids = new_state(rows), token_ids[rows]
     head = Head(heads.temperature, heads.softcap, exact_kl)
-    with torch.autocast("cpu", enabled=False):
+    with as_given("cpu"):
         policy = Product(heads.hidden[rows], heads.weight)
         anchor = None
         if heads.anchor_hidden is not None and heads.anchor_weight is not None:
@@ -94,7 +95,7 @@ def linear_token_stats_backward_cpp(
     rows = upstream.any(1).nonzero()[:, 0]
     coefficients = coefficients_of(state[rows], upstream[rows], exact_kl, heads.temperature)
     head, ids = Head(heads.temperature, heads.softcap, exact_kl), token_ids[rows]
-    with torch.autocast("cpu", enabled=False):
+    with as_given("cpu"):
         policy, anchor = Product(heads.hidden[rows], heads.weight), None
         if heads.anchor_hidden is not None and heads.anchor_weight is not None and exact_kl:
             anchor = Product(heads.anchor_hidden[rows], heads.anchor_weight)
@@ -122,7 +123,7 @@ def linear_loss_cpp(
     exact_kl = exact_kl_of(terms.kl)
     if any(needs):
         making = _Making(heads, rows, terms, entropy, needs)
-        with torch.autocast("cpu", enabled=False):
+        with as_given("cpu"):
             making.run()
         *found, state = making.by_row(len(rows.mask))
         gradients = making.dhidden, making.dweight

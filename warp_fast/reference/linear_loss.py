@@ -9,6 +9,7 @@ from torch import Tensor
 
 from warp_fast._loss_checks import Terms
 from warp_fast._objective import Rows, exact_kl_of, objective, slopes, with_given_anchor
+from warp_fast._precision import as_given
 from warp_fast.reference.loss import (
     Stats,
     _check_ids,
@@ -74,7 +75,7 @@ def linear_token_stats_reference(
     found = [torch.zeros(len(token_ids), dtype=dtype, device=hidden.device) for _ in range(4)]
     rows = mask.nonzero()[:, 0]
     _check_ids(token_ids, rows, weight.shape[0])
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_given(hidden.device.type):
         head = weight.to(dtype).T
         anchor_head = None if anchor_weight is None else anchor_weight.to(dtype).T
         for piece in _pieces(rows, weight.shape[0]):
@@ -111,7 +112,7 @@ def linear_token_stats_backward_reference(
         torch.zeros_like(part, dtype=dtype) if need else part.new_empty(0, dtype=dtype)
         for part, need in zip(heads[:2], needs, strict=True)
     )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_given(hidden.device.type):
         head = weight.to(dtype)
         anchor_head = None if anchor_weight is None else anchor_weight.to(dtype).T
         for piece in _pieces(upstream.any(1).nonzero()[:, 0], weight.shape[0]):
