@@ -54,6 +54,11 @@ class Launch(NamedTuple):
     table: Tensor
     block_entry: Tensor
 
+    @property
+    def heavy(self) -> bool:
+        """Whether elements take more registers: each its own address, or fp64 values."""
+        return not self.aligned or CODE[torch.float64] in self.codes
+
 
 def packed(codes: Sequence[int]) -> int:
     """Dtype codes as one constexpr: 3 bits each, the first lowest."""

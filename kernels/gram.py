@@ -33,13 +33,14 @@ _SUM_BLOCK = 1024
 _tables = TableCache()
 
 
-def tiling(runs: int) -> tuple[int, int]:
-    """Policies per group, elements per chunk.
+def tiling(runs: int, heavy: bool = False) -> tuple[int, int]:
+    """Policies per group, elements per chunk; heavy: see `Launch.heavy`.
 
-    All pairs of 5 policies fit in registers as fp64 sums. More are taken 4 by 4, from chunks short
-    enough to be read again from cache.
+    All pairs of 5 policies fit in registers as fp64 sums. More are taken 4 by 4, heavy ones 2 by 2,
+    from chunks short enough to be read again from cache.
     """
-    return (5, 1 << 15) if runs <= 5 else (4, 1 << 13)
+    group, chunk = (5, 1 << 15) if runs <= 5 else (4, 1 << 13)
+    return 2 if heavy else group, chunk
 
 
 @triton.jit
@@ -162,7 +163,7 @@ def gram_triton(
     Shapes: as `gram_reference`. Task vectors in fp32, products and sums in fp64.
     """
     runs = len(policies) // len(init)
-    group, chunk = tiling(runs)
+    _, chunk = tiling(runs)
     columns = by_column(init, policies)
 
     def build() -> tuple[list[Launch], Tensor, int]:
@@ -180,7 +181,7 @@ def gram_triton(
                 M=runs,
                 CODES=packed(launch.codes),
                 ALIGNED=launch.aligned,
-                GROUP=group,
+                GROUP=tiling(runs, launch.heavy)[0],
                 CHUNK=chunk,
                 ROWS=_ROWS,
                 num_warps=_WARPS,

@@ -117,7 +117,7 @@ def _apply(
             OUT_CODE=launch.codes[inputs],
             ALIGNED=launch.aligned,
             BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            num_warps=2 * _WARPS if launch.heavy else _WARPS,
             # rounded where the reference rounds
             enable_fp_fusion=False,
         )

@@ -86,6 +86,10 @@ def packed(codes: list[str]) -> int:
     return sum(CODE[code] << 3 * i for i, code in enumerate(codes))
 
 
+def heavy(codes: list[str], aligned: bool) -> bool:
+    return not aligned or "fp64" in codes
+
+
 def gram_variants(kernels: Any) -> Iterator[Variant]:
     """M below, at and above one group of policies; mixed dtypes; scalar loads; the second stage.
 
@@ -96,10 +100,11 @@ def gram_variants(kernels: Any) -> Iterator[Variant]:
     bf16 = ["bf16"] * 17
     grid = [(bf16[: 1 + m], True) for m in (2, 5, 9)]
     grid += [(["fp32"] * 3, True), (["fp32", *bf16[:5]], True), (bf16[:3], False)]
-    grid += [(["fp64"] * 3, True)]
+    grid += [(["fp64"] * 3, True), (["fp64"] * 10, True)]
+    grid += [(["fp32"] * 6, False), (bf16[:10], False)]
     for codes, aligned in grid:
         runs = len(codes) - 1
-        group, chunk = kernels.tiling(runs)
+        group, chunk = kernels.tiling(runs, heavy(codes, aligned))
         yield Variant(
             f"gram M{runs} {codes[0]} {codes[1]}{'' if aligned else ' unaligned'}",
             "_gram_kernel",
@@ -127,7 +132,7 @@ def slerp_variants(kernels: Any) -> Iterator[Variant]:
     grid = [(bf16[: 1 + m], "bf16", True) for m in (2, 5, 16)]
     grid += [(["fp32"] * 3, "fp32", True), (["fp32", *bf16[:5]], "bf16", True)]
     grid += [(["fp64"] * 3, "fp64", True), (["fp16"] * 3, "fp16", True)]
-    grid += [(bf16[:3], "bf16", False)]
+    grid += [(bf16[:3], "bf16", False), (["fp32"] * 17, "fp32", False)]
     for codes, out, aligned in grid:
         yield Variant(
             f"slerp M{len(codes) - 1} {codes[0]} {codes[1]}{'' if aligned else ' unaligned'}",
@@ -140,14 +145,18 @@ def slerp_variants(kernels: Any) -> Iterator[Variant]:
                 "ALIGNED": aligned,
                 "BLOCK": kernels._BLOCK,
             },
-            {"num_warps": kernels._WARPS, "enable_fp_fusion": False},
+            {
+                "num_warps": kernels._WARPS * (2 if heavy([*codes, out], aligned) else 1),
+                "enable_fp_fusion": False,
+            },
         )
 
 
-# (logits, anchor, exact KL, softcap, V): no anchor; each exact KL; the fp32 logits of a head; an
-# odd vocabulary; fp64
+# (logits, anchor, exact KL, softcap, V): no anchor; a sampled KL; each exact KL; the fp32 logits of
+# a head; an odd vocabulary; fp64
 LOSSES: list[tuple[str, str | None, str, bool, int]] = [
     ("bf16", None, "", True, 256128),
+    ("bf16", "bf16", "", True, 256128),
     ("bf16", "bf16", "reverse", True, 256128),
     ("fp32", "fp32", "reverse", True, 256128),
     ("bf16", "bf16", "reverse", False, 50257),
@@ -157,8 +166,9 @@ LOSSES: list[tuple[str, str | None, str, bool, int]] = [
 
 
 def loss_variants(kernels: Any) -> Iterator[Variant]:
-    """The three kernels of each, with entropy, as every backward pass has it."""
+    """The three kernels of each; with entropy, but for the sampled KL of the default loss."""
     for logits, anchor, exact, softcap, size in LOSSES:
+        entropy = anchor is None or bool(exact)
         fine = "fp64" if logits == "fp64" else "fp32"
         # the gradient of a head's fp32 logits is rounded for the GEMMs
         out = "bf16" if logits == "fp32" else logits
@@ -176,7 +186,7 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
         }
         vectors = kernels._VECTORS[{"fp32": 4, "fp64": 8}.get(logits, 2)]
         tiles: dict[str, int] = {"PIECE": kernels._PIECE, "VECTORS": vectors}
-        sums: dict[str, int] = {"ANCHOR": anchor is not None, "ENTROPY": True}
+        sums: dict[str, int] = {"ANCHOR": anchor is not None, "ENTROPY": entropy}
         pieces = constants["PIECES"]
         padded: dict[str, int] = {"PADDED": 1 << (pieces - 1).bit_length()}
         variants: dict[str, dict[str, int]] = {
@@ -186,7 +196,7 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
         }
         for kernel, more in variants.items():
             yield Variant(
-                f"loss {kernel} {logits} {exact}{'' if size % 16 == 0 else ' unaligned'}",
+                f"loss {kernel} {logits} {anchor} {exact}{'' if size % 16 == 0 else ' unaligned'}",
                 kernel,
                 types,
                 constants | more,
