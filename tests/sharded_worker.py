@@ -79,13 +79,13 @@ def slerp_refuses(mesh: Any) -> None:
     raises("Partial placement", slerp, partial, [partial])
     raises("must have placements", slerp, sharded, [weights(1, mesh, replicated=True)[1]])
     raises("one is a DTensor", slerp, sharded, [weights(1, mesh)[0]])
-    broken = {name: tensor.clone() for name, tensor in weights(1, mesh)[1].items()}
-    if dist.get_rank() == 1:
-        broken["a"].to_local()[0, 0] = float("nan")
     # a sum over one mesh is not one over another
     other = init_device_mesh("cpu", (1, 2))
     mixed = {**sharded, "b": distribute_tensor(init["b"], other, [Replicate(), Shard(0)])}
     raises("on one device mesh", gram, mixed, [mixed])
+    broken = {name: tensor.clone() for name, tensor in weights(1, mesh)[1].items()}
+    if dist.get_rank() == 1:
+        broken["a"].to_local()[0, 0] = float("nan")
     # every process refuses what one of them sees
     raises("must be finite", slerp, sharded, [broken])
 

@@ -228,7 +228,13 @@ REFUSED: list[tuple[Any, Any, Any, type[Exception], str]] = [
     ([V], [[V], [W, W]], None, ValueError, "policy 1 must hold 1 tensors like init; got 2"),
     (D, [{"a": V, "b": W[:2]}], None, ValueError, r"policy 0, b: must be \(6,\) .*got \(2,\)"),
     ([V], [[META]], None, ValueError, r"policy 0, tensor 0: must be .* on cpu .* on meta"),
-    (V, [W.int()], None, TypeError, "policy 0, the tensor: must be floating, .* got .*int32"),
+    (
+        V,
+        [W.int()],
+        None,
+        TypeError,
+        "policy 0, the tensor: must be floating, of 16 bits or more; got .*int32",
+    ),
 ]
 
 

@@ -156,31 +156,34 @@ def _coefficients(rows: Rows, difference: Tensor, terms: Terms) -> Tensor:
     return torch.where(rows.mask, found, 0)
 
 
-def _clipped(log_ratio: Tensor, coefficients: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """What c times the clipped ratio r is, and whether it counts, for r c is more or c is 0."""
-    none = coefficients == 0  # times a ratio that may be infinite
-    if terms.clip_range is None:
-        return torch.zeros_like(coefficients), none
-    low, high = terms.clip_range
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - low, 1 + high) * coefficients
-    return clipped, none | (ratio * coefficients > clipped)
+def _free_and_clipped(logp: Tensor, coefficients: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """r c where the ratio r counts as it is, and the clipped r c where it does not; 0 elsewhere.
+
+    The derivative of the first in log pi is itself.
+    """
+    assert terms.old_logprobs is not None
+    log_ratio = logp - terms.old_logprobs.to(logp.dtype)
+    bounded, cut = torch.zeros_like(coefficients), coefficients == 0
+    if terms.clip_range is not None:
+        low, high = terms.clip_range
+        ratio = log_ratio.detach().exp()
+        bounded = torch.where(cut, 0, ratio.clamp(1 - low, 1 + high) * coefficients)
+        cut = cut | (ratio * coefficients > bounded)
+    # a ratio that is infinite must meet no 0, neither a coefficient nor a gradient
+    free = torch.where(cut, 0, log_ratio).exp() * coefficients
+    return torch.where(cut, 0, free), torch.where(cut, bounded, 0)
 
 
 def _gain(logp: Tensor, coefficients: Tensor, terms: Terms) -> Tensor:
     """What the policy gradient ascends: c log pi, or the (clipped) importance ratio times c."""
     if terms.old_logprobs is None:
         return coefficients * logp
-    log_ratio = logp - terms.old_logprobs.to(logp.dtype)
-    clipped, counts = _clipped(log_ratio.detach(), coefficients, terms)
-    # a ratio that is infinite must not meet the 0 that its gradient is multiplied by
-    return torch.where(counts, clipped, torch.where(counts, 0, log_ratio).exp() * coefficients)
+    free, clipped = _free_and_clipped(logp, coefficients, terms)
+    return free + clipped
 
 
 def _gain_slope(logp: Tensor, coefficients: Tensor, terms: Terms) -> Tensor:
     """The derivative of `_gain` in log pi: 0 where the ratio is clipped."""
     if terms.old_logprobs is None:
         return coefficients
-    log_ratio = logp - terms.old_logprobs.to(logp.dtype)
-    _, counts = _clipped(log_ratio, coefficients, terms)
-    return torch.where(counts, 0, log_ratio.exp() * coefficients)
+    return _free_and_clipped(logp, coefficients, terms)[0]

@@ -169,11 +169,12 @@ def _segments(names: list[str], granularity: str) -> dict[str, list[str]]:
 
 def _check_output(plan: MergePlan) -> None:
     output = plan.output
+    final, aside = output.resolve(), aside_of(output)
     for checkpoint in plan.inputs:
         place = checkpoint.path.resolve()
-        if output.resolve().is_relative_to(place):
+        if final.is_relative_to(place):
             raise ValueError(f"output {output} is inside {checkpoint}; choose another place")
-        if place.is_relative_to(aside_of(output)):
+        if place.is_relative_to(aside):
             raise ValueError(
                 f"{checkpoint} is where {output} is written before it is whole; move it, or choose "
                 "another output"
@@ -187,7 +188,7 @@ def _check_output(plan: MergePlan) -> None:
             f"output {output} is a mount point, which nothing can be renamed to; "
             f"give a directory in it, such as {output / 'merged'}"
         )
-    parent = next(p for p in output.resolve().parents if p.is_dir())
+    parent = next(p for p in final.parents if p.is_dir())
     free = shutil.disk_usage(parent).free
     if plan.bytes_written > free:
         raise OSError(
