@@ -176,6 +176,11 @@ LossRows loss_rows(const Matrix& logits, const Matrix& anchor, uintptr_t token_i
     return {loss_matrix(logits), loss_matrix(anchor), static_cast<int64_t*>(pointer(token_ids)),
             rows, width, softcap, temperature, static_cast<ExactKl>(exact_kl)};
 }
+
+LossStats loss_stats_at(const Addresses& found) {
+    const auto of = [&](int i) { return static_cast<float*>(pointer(found.at(i))); };
+    return {of(0), of(1), of(2), of(3), static_cast<double*>(pointer(found.at(4)))};
+}
 #endif
 
 // Asks for huge pages where new memory is about to be written: the faults of small ones cost more
@@ -201,7 +206,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("slerp_apply", &slerp_apply, unlocked);
     m.def("loss_stats", &loss_stats, unlocked);
     m.def("loss_gradient", &loss_gradient, unlocked);
-    m.attr("LOSS_STATE") = static_cast<int>(kStateWidth);
     m.def("advise_huge_pages", &advise_huge_pages);
     m.attr("instructions") = has_avx2() ? "avx2" : "baseline";
 #ifdef WARP_FAST_HAS_CUDA
@@ -242,12 +246,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("loss_stats_cuda", [](const Matrix& logits, const Matrix& anchor, uintptr_t token_ids,
                                 int64_t rows, int64_t width, double softcap, double temperature,
                                 int exact_kl, uintptr_t kept, bool entropy, const Addresses& stats,
-                                uintptr_t state, uintptr_t stream) {
-        const auto out = [&](int i) { return static_cast<float*>(pointer(stats.at(i))); };
+                                uintptr_t stream) {
         loss_stats_cuda(loss_rows(logits, anchor, token_ids, rows, width, softcap, temperature,
                                   exact_kl),
-                        static_cast<const uint8_t*>(pointer(kept)), entropy,
-                        {out(0), out(1), out(2), out(3), static_cast<double*>(pointer(state))},
+                        static_cast<const uint8_t*>(pointer(kept)), entropy, loss_stats_at(stats),
                         pointer(stream));
     });
     m.def("loss_gradient_cuda", [](const Matrix& logits, const Matrix& anchor, uintptr_t token_ids,
@@ -259,6 +261,21 @@ PYBIND11_MODULE(_C, m) {
                            static_cast<const float*>(pointer(upstream)),
                            static_cast<const double*>(pointer(state)), loss_matrix(gradient),
                            pointer(stream));
+    });
+    m.def("loss_fused_cuda", [](const Matrix& logits, const Matrix& anchor, uintptr_t token_ids,
+                                int64_t rows, int64_t width, double softcap, double temperature,
+                                int exact_kl, uintptr_t kept, uintptr_t upstream,
+                                const Addresses& stats, const Matrix& gradient, uintptr_t stream) {
+        loss_fused_cuda(loss_rows(logits, anchor, token_ids, rows, width, softcap, temperature,
+                                  exact_kl),
+                        static_cast<const uint8_t*>(pointer(kept)),
+                        static_cast<const float*>(pointer(upstream)), loss_stats_at(stats),
+                        loss_matrix(gradient), pointer(stream));
+    });
+    m.def("loss_scale_cuda", [](const Matrix& matrix, int64_t rows, int64_t width, uintptr_t factor,
+                                uintptr_t stream) {
+        loss_scale_cuda(loss_matrix(matrix), rows, width,
+                        static_cast<const float*>(pointer(factor)), pointer(stream));
     });
 #else
     m.attr("has_cuda") = false;

@@ -44,8 +44,16 @@ struct LossStats {
 void loss_stats_cuda(const LossRows& rows, const uint8_t* kept, bool entropy,
                      const LossStats& stats, void* stream);
 
-// upstream: [rows, 3]; state: null to find it again
+// upstream: [rows, 3]; gradient may be the logits, here and below
 void loss_gradient_cuda(const LossRows& rows, const float* upstream, const double* state,
                         const LossMatrix& gradient, void* stream);
+
+// statistics, entropy among them, and gradient in one launch: a row is read once
+void loss_fused_cuda(const LossRows& rows, const uint8_t* kept, const float* upstream,
+                     const LossStats& stats, const LossMatrix& gradient, void* stream);
+
+// matrix [rows, width] *= factor; reads and writes nothing where the factor is 1
+void loss_scale_cuda(const LossMatrix& matrix, int64_t rows, int64_t width, const float* factor,
+                     void* stream);
 
 }  // namespace warp_fast

@@ -5,14 +5,12 @@
 // memory. Where statistics and gradient are found in one launch, a block keeps its slice of the
 // policy there too, so that the row is read once.
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
 
 #include <climits>
 #include <type_traits>
 
 #include "cuda.h"
-#include "rows.cuh"
-#include "table.cuh"
+#include "lines.cuh"
 
 // before sm_90 there are no clusters: the kernels are empty there, and _backend.py refuses them
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -38,89 +36,6 @@ struct Task {
 
 constexpr int kWarps = kThreads / 32;
 
-// One row of a matrix, of which every vector begins `skip` bytes into an aligned word.
-struct Line {
-    char* begin;
-    char* end;
-    int code, skip;
-};
-
-__device__ Line line_of(const LossMatrix& matrix, int64_t n, int64_t width) {
-    const int bytes = matrix.code == kFp32 ? 4 : 2;
-    char* begin = static_cast<char*>(matrix.address) + n * matrix.stride * bytes;
-    const int skip = static_cast<int>(reinterpret_cast<uintptr_t>(begin) % sizeof(Word));
-    return {begin, begin + width * bytes, matrix.code, skip};
-}
-
-// where vector k is; WIDE: there is an fp32 matrix
-template <bool WIDE>
-__device__ char* place_in(const Line& line, int k) {
-    const int64_t bytes = kVector * (WIDE && line.code == kFp32 ? 4 : 2);
-    return line.begin + k * bytes;
-}
-
-__device__ uint32_t pair_of(float low, float high, int code) {
-    if (code == kFp16) return to_bits16(low, kFp16) | to_bits16(high, kFp16) << 16;
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-// a vector as it lies in memory
-template <bool WIDE>
-struct Raw {
-    Word word[WIDE ? 2 : 1];
-
-    __device__ void load(const Line& line, int k) {
-        const char* place = place_in<WIDE>(line, k) - line.skip;
-        word[0] = window(place, line.skip, line.end);
-        if (WIDE && line.code == kFp32 && place + line.skip + sizeof(Word) < line.end) {
-            word[WIDE] = window(place + sizeof(Word), line.skip, line.end);
-        }
-    }
-    __device__ void get(int code, float (&z)[kVector]) const {
-        if (WIDE && code == kFp32) {
-            for (int i = 0; i < kVector; ++i) {
-                z[i] = __uint_as_float(word[WIDE && i / 4].x[i % 4]);
-            }
-        } else if (code == kFp16) {
-            for (int i = 0; i < kVector; ++i) z[i] = from_bits16(half(i), kFp16);
-        } else {
-            for (int i = 0; i < kVector; ++i) z[i] = from_bits16(half(i), kBf16);
-        }
-    }
-    __device__ void set(int code, const float (&x)[kVector]) {
-        for (int i = 0; i < kVector; i += 2) {
-            if (WIDE && code == kFp32) {
-                word[WIDE && i / 4].x[i % 4] = __float_as_uint(x[i]);
-                word[WIDE && i / 4].x[i % 4 + 1] = __float_as_uint(x[i + 1]);
-            } else {
-                word[0].x[i / 2] = pair_of(x[i], x[i + 1], code);
-            }
-        }
-    }
-    // count: how many elements are inside the row, at most a vector
-    __device__ void store(const Line& line, int k, int count) const {
-        const bool wide = WIDE && line.code == kFp32;
-        char* place = place_in<WIDE>(line, k);
-        if (count == kVector && line.skip == 0) {
-            Word* words = reinterpret_cast<Word*>(place);
-            words[0] = word[0];
-            if (wide) words[1] = word[WIDE];
-            return;
-        }
-        for (int i = 0; i < kVector; ++i) {
-            if (i < count && wide) {
-                reinterpret_cast<uint32_t*>(place)[i] = word[WIDE && i / 4].x[i % 4];
-            } else if (i < count) {
-                reinterpret_cast<uint16_t*>(place)[i] = static_cast<uint16_t>(half(i));
-            }
-        }
-    }
-    __device__ uint32_t half(int i) const {
-        return i % 2 ? word[0].x[i / 2] >> 16 : word[0].x[i / 2] & 0xFFFFu;
-    }
-};
-
 // tokens past the last, and the sampled one, count nothing in the sums
 __device__ void leave_out(int count, int sampled, float (&u)[kVector]) {
     for (int i = 0; i < kVector; ++i) {
@@ -133,21 +48,6 @@ __device__ float picked_score(const Line& line, int64_t token, const Task& task)
     if (token < 0 || token >= task.width) return NAN;
     return score(static_cast<float>(load_any(line.begin, token, line.code)), task.head);
 }
-
-// What this thread keeps of the policy: vector `k` of the slice, word by word over all vectors, so
-// that neighbours meet no bank conflict.
-template <bool WIDE>
-struct Resident {
-    Word* words;
-    int count;
-
-    __device__ void put(int k, const Raw<WIDE>& raw) const {
-        for (int w = 0; w <= WIDE; ++w) words[w * count + k] = raw.word[w];
-    }
-    __device__ void get(int k, Raw<WIDE>& raw) const {
-        for (int w = 0; w <= WIDE; ++w) raw.word[w] = words[w * count + k];
-    }
-};
 
 // one row and the slice of it that is this block's
 struct Place {
@@ -304,6 +204,10 @@ __device__ void store_zeros(const Place& place, const Line& out) {
     }
 }
 
+__device__ bool is_zero(const float* upstream) {
+    return upstream[0] == 0 && upstream[1] == 0 && upstream[2] == 0;
+}
+
 // dlogits of this block's slice; the policy from shared memory where it is kept
 template <int EXACT, bool WIDE>
 __device__ void store_gradient(const Task& task, const Place& place, const Coefficients& c,
@@ -360,34 +264,59 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : 4)
 #endif
 }
 
-// FUSED: find the state first, in the same launch
-template <int EXACT, bool WIDE, bool FUSED>
-__global__ void __launch_bounds__(kThreads, WIDE || FUSED ? 2 : EXACT ? 3 : 4)
+template <int EXACT, bool WIDE>
+__global__ void __launch_bounds__(kThreads, WIDE ? 2 : EXACT ? 3 : 4)
     gradient_kernel(const Task task, const float* upstream, const double* state,
                     const LossMatrix gradient) {
 #ifdef WARP_FAST_CLUSTERS
     const Place place = place_of<EXACT != kNoKl>(task);
     const Line out = line_of(gradient, place.n, task.width);
     const float* given = upstream + place.n * 3;
-    if (given[0] == 0 && given[1] == 0 && given[2] == 0) {
-        store_zeros<WIDE>(place, out);
-        return;
-    }
-    if constexpr (FUSED) {
-        __shared__ Shared shared;
-        using All = Asked<true, EXACT != kNoKl, EXACT>;
-        const Resident<WIDE> resident = {pool, static_cast<int>(task.slices.resident)};
-        const Row row = row_of<All, WIDE, true>(task, place, resident, shared);
-        if (threadIdx.x == 0) {
-            for (int i = 0; i < kRowState; ++i) shared.state[i] = row.state[i];
-        }
-        cg::this_cluster().sync();
-        store_gradient<EXACT>(task, place, coefficients_of(given, shared.state), resident, out);
-    } else {
-        const Coefficients c = coefficients_of(given, state + place.n * kRowState);
-        store_gradient<EXACT>(task, place, c, Resident<WIDE>{nullptr, 0}, out);
-    }
+    if (is_zero(given)) return store_zeros<WIDE>(place, out);
+    const Coefficients c = coefficients_of(given, state + place.n * kRowState);
+    store_gradient<EXACT>(task, place, c, Resident<WIDE>{nullptr, 0}, out);
 #endif
+}
+
+// statistics and gradient
+template <class ASKED, bool WIDE>
+__global__ void __launch_bounds__(kThreads, 2)
+    fused_kernel(const Task task, const uint8_t* kept, const float* upstream,
+                 const LossStats stats, const LossMatrix gradient) {
+#ifdef WARP_FAST_CLUSTERS
+    __shared__ Shared shared;
+    const Place place = place_of<ASKED::anchor>(task);
+    const Line out = line_of(gradient, place.n, task.width);
+    const bool writes = place.part == 0 && threadIdx.x == 0;
+    if (!kept[place.n]) {
+        if (writes) write_row(stats, place.n, {});
+        return store_zeros<WIDE>(place, out);
+    }
+    const Resident<WIDE> resident = {pool, static_cast<int>(task.slices.resident)};
+    const Row row = row_of<ASKED, WIDE, true>(task, place, resident, shared);
+    if (writes) write_row(stats, place.n, row);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kRowState; ++i) shared.state[i] = row.state[i];
+    }
+    // all have read the sampled logit and each other's sums by now: the row may be written
+    cg::this_cluster().sync();
+    const float* given = upstream + place.n * 3;
+    if (is_zero(given)) return store_zeros<WIDE>(place, out);
+    const Coefficients c = coefficients_of(given, shared.state);
+    store_gradient<ASKED::exact>(task, place, c, resident, out);
+#endif
+}
+
+// a row of the matrix for each block; one read of the factor where it is 1
+__global__ void scale_kernel(const LossMatrix matrix, int64_t width, const float* factor) {
+    const float by = *factor;
+    if (by == 1) return;
+    const int bytes = matrix.code == kFp32 ? 4 : 2;
+    char* row = static_cast<char*>(matrix.address) + blockIdx.x * matrix.stride * bytes;
+    for (int64_t j = threadIdx.x; j < width; j += blockDim.x) {
+        const float x = static_cast<float>(load_any(row, j, matrix.code)) * by;
+        store_any(row, j, matrix.code, x);
+    }
 }
 
 bool is_wide(const LossRows& rows) {
@@ -480,16 +409,37 @@ void loss_stats_cuda(const LossRows& rows, const uint8_t* kept, bool entropy,
 void loss_gradient_cuda(const LossRows& rows, const float* upstream, const double* state,
                         const LossMatrix& gradient, void* stream) {
     if (rows.rows == 0) return;
-    const Task task = task_of(rows, state ? 0 : shared_of_a_block());
+    const Task task = task_of(rows, 0);
     as_constant(is_wide(rows), [&](auto wide) {
         as_constant(rows.exact_kl, [&](auto exact_kl) {
-            as_constant(state == nullptr, [&](auto fused) {
-                launch(gradient_kernel<decltype(exact_kl)::value, decltype(wide)::value,
-                                       decltype(fused)::value>,
-                       rows, task, stream, upstream, state, gradient);
-            });
+            launch(gradient_kernel<decltype(exact_kl)::value, decltype(wide)::value>, rows, task,
+                   stream, upstream, state, gradient);
         });
     });
+}
+
+void loss_fused_cuda(const LossRows& rows, const uint8_t* kept, const float* upstream,
+                     const LossStats& stats, const LossMatrix& gradient, void* stream) {
+    if (rows.rows == 0) return;
+    const Task task = task_of(rows, shared_of_a_block());
+    const auto run = [&](auto wide, auto asked) {
+        launch(fused_kernel<decltype(asked), decltype(wide)::value>, rows, task, stream, kept,
+               upstream, stats, gradient);
+    };
+    as_constant(is_wide(rows), [&](auto wide) {
+        if (!rows.anchor.address) return run(wide, Asked<true, false, kNoKl>());
+        as_constant(rows.exact_kl, [&](auto exact_kl) {
+            run(wide, Asked<true, true, decltype(exact_kl)::value>());
+        });
+    });
+}
+
+void loss_scale_cuda(const LossMatrix& matrix, int64_t rows, int64_t width, const float* factor,
+                     void* stream) {
+    if (rows == 0) return;
+    scale_kernel<<<static_cast<unsigned>(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        matrix, width, factor);
+    check(cudaGetLastError(), "launching the scaling of a gradient");
 }
 
 }  // namespace warp_fast

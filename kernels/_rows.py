@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from warp_fast import _loss_rows
 from warp_fast.kernels._common import rounded
 from warp_fast.kernels._scores import (
     base_shift,
@@ -21,15 +22,15 @@ from warp_fast.kernels._scores import (
 )
 
 LANES = tl.constexpr(8)  # 16 bytes of bf16, which one thread sums on its own
-REVERSE = tl.constexpr(1)
-FORWARD = tl.constexpr(2)
+REVERSE = tl.constexpr(_loss_rows.EXACT_CODES["reverse"])
+FORWARD = tl.constexpr(_loss_rows.EXACT_CODES["forward"])
 
 # fields of a piece: largest u and sum of exp, without the sampled token; sum of exp * (u -
 # largest); the first two of the anchor; sum of exp * (u - v - shift)
 FIELDS = tl.constexpr(6)
 # state of a row, in fp64: largest u, 1 / sum of exp, mean of u - largest, probability of the other
 # tokens; the first two of the anchor; the shift, and the mean of u - v - shift
-STATE = tl.constexpr(8)
+STATE = tl.constexpr(_loss_rows.STATE)
 
 
 @triton.jit
@@ -275,3 +276,28 @@ def gradient_kernel(
                 du += dkl * (p - tl.exp(v - anchor_most) * anchor_share)
         dz = du * slope(z, inner, outer, SOFTCAP, WIDE)
         tl.store(out_row + offs, rounded(dz, CODE), mask=offs < size)
+
+
+@triton.jit
+def scale_kernel(
+    values,  # [N, V], rows `stride` apart
+    factor,
+    stride,
+    size,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    CODE: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """values *= factor over one piece of one row. Traffic: none where the factor is 1."""
+    by = tl.load(factor)
+    if by != 1:
+        pid = tl.program_id(0).to(tl.int64)
+        row = values + pid // PIECES * stride
+        lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        first = (pid % PIECES).to(tl.int32) * PIECE
+        end = tl.minimum(first + PIECE, size)
+        for begin in range(first, end, VECTORS * LANES):
+            offs = begin + lanes
+            z = tl.load(row + offs, mask=offs < size, other=0.0)
+            tl.store(row + offs, rounded(z.to(by.dtype) * by, CODE), mask=offs < size)

@@ -12,15 +12,21 @@ import torch
 import triton
 from torch import Tensor
 
-from warp_fast.kernels._rows import FIELDS, STATE, gradient_kernel, row_kernel, sums_kernel
+from warp_fast._loss_rows import EXACT_CODES, STATE, check_ids, with_unit_stride
+from warp_fast.kernels._rows import (
+    FIELDS,
+    gradient_kernel,
+    row_kernel,
+    scale_kernel,
+    sums_kernel,
+)
 from warp_fast.kernels._table import CODE, on_device
-from warp_fast.reference.loss import _check_ids, compute_dtype
+from warp_fast.reference.loss import compute_dtype
 
 _WARPS = 4
 # bytes of an element -> vectors of 8 elements at a time: as many as fit in registers
 _VECTORS = {2: 64 * _WARPS, 4: 32 * _WARPS, 8: 16 * _WARPS}
 _PIECE = 1 << 15  # elements of a program: 8 programs for a row of 256k
-_EXACT = {"": 0, "reverse": 1, "forward": 2}
 
 
 class Rows(NamedTuple):
@@ -44,8 +50,8 @@ class Rows(NamedTuple):
     ) -> Rows:
         """Copy what the kernels cannot address: rows that are not contiguous."""
         return Rows(
-            _row_major(logits),
-            None if anchor is None else _row_major(anchor),
+            with_unit_stride(logits),
+            None if anchor is None else with_unit_stride(anchor),
             token_ids.contiguous(),
             kept.contiguous().view(torch.uint8),
             *head,
@@ -75,15 +81,11 @@ class Rows(NamedTuple):
         return {
             "PIECES": self.pieces,
             "SOFTCAP": self.softcap is not None,
-            "EXACT": _EXACT[self.exact_kl],
+            "EXACT": EXACT_CODES[self.exact_kl],
             "WIDE": dtype == torch.float64,
             # a score must be the same number in every kernel
             "enable_fp_fusion": False,
         }
-
-
-def _row_major(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 class Found(NamedTuple):
@@ -98,7 +100,7 @@ class Found(NamedTuple):
     @staticmethod
     def empty(like: Tensor, count: int, dtype: torch.dtype) -> Found:
         stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
-        return Found(*stats, like.new_empty((count, STATE.value), dtype=torch.float64))
+        return Found(*stats, like.new_empty((count, STATE), dtype=torch.float64))
 
     def at(self, part: slice) -> Found:
         """Those of some of the rows, in place."""
@@ -156,7 +158,7 @@ def row_gradient(rows: Rows, state: Tensor, upstream: Tensor, out: Tensor) -> No
 def check_on_host(token_ids: Tensor, kept: Tensor, vocabulary: int) -> None:
     """Refuse ids outside the vocabulary where that waits for no GPU; there they give NaN."""
     if not token_ids.is_cuda:
-        _check_ids(token_ids, kept.nonzero()[:, 0], vocabulary)
+        check_ids(token_ids, kept.nonzero()[:, 0], vocabulary)
 
 
 def token_stats_triton(
@@ -189,6 +191,7 @@ def token_stats_backward_triton(
     softcap: float | None,
     exact_kl: str,
     state: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`token_stats_backward_reference`, without waiting for the GPU.
 
@@ -196,12 +199,37 @@ def token_stats_backward_triton(
     Traffic: reads logits (and for an exact KL the anchor) and writes as much, once; of a row whose
         upstream is 0 only the writing.
     """
-    dlogits = torch.empty_like(logits)
-    out = _row_major(dlogits)
+    dlogits = torch.empty_like(logits) if out is None else out
+    written = with_unit_stride(dlogits)
     anchor = anchor_logits if exact_kl else None
     head, kept = (temperature, softcap, exact_kl), (upstream != 0).any(1)
     if state is None:
         state = token_stats_triton(logits, token_ids, kept, anchor, *head, True)[4]
     rows = Rows.of(logits, anchor, token_ids, kept, head)
-    row_gradient(rows, state.contiguous(), upstream.contiguous(), out)
-    return dlogits if out is dlogits else dlogits.copy_(out)
+    row_gradient(rows, state.contiguous(), upstream.contiguous(), written)
+    return dlogits if written is dlogits else dlogits.copy_(written)
+
+
+def scale_triton_(values: Tensor, factor: Tensor) -> None:
+    """values [N, V] *= factor, in place, without waiting for the GPU.
+
+    Traffic: none where the factor is 1, else reads and writes the values.
+    """
+    count, size = values.shape
+    rows = with_unit_stride(values)
+    pieces = triton.cdiv(size, _PIECE)
+    if count:
+        with on_device(values):
+            scale_kernel[(count * pieces,)](
+                rows,
+                factor,
+                rows.stride(0),
+                size,
+                PIECES=pieces,
+                PIECE=_PIECE,
+                CODE=CODE[rows.dtype],
+                VECTORS=_VECTORS[rows.element_size()],
+                num_warps=_WARPS,
+            )
+    if rows is not values:
+        values.copy_(rows)

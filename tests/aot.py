@@ -166,7 +166,7 @@ LOSSES: list[tuple[str, str | None, str, bool, int]] = [
 
 
 def loss_variants(kernels: Any) -> Iterator[Variant]:
-    """The three kernels of each; with entropy, but for the sampled KL of the default loss."""
+    """The three kernels of each, with entropy but for the default loss; the scaling."""
     for logits, anchor, exact, softcap, size in LOSSES:
         entropy = anchor is None or bool(exact)
         fine = "fp64" if logits == "fp64" else "fp32"
@@ -181,7 +181,7 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
         constants: dict[str, int] = {
             "PIECES": -(-size // kernels._PIECE),
             "SOFTCAP": softcap,
-            "EXACT": kernels._EXACT[exact],
+            "EXACT": kernels.EXACT_CODES[exact],
             "WIDE": fine == "fp64",
         }
         vectors = kernels._VECTORS[{"fp32": 4, "fp64": 8}.get(logits, 2)]
@@ -206,6 +206,22 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
                 },
                 ("stride", "anchor_stride", "out_stride", "size") if size % 16 == 0 else (),
             )
+    types = {"stride": "i32", "size": "i32"}
+    for code, bytes_, size in (("bf16", 2, 262144), ("fp32", 4, 262144), ("bf16", 2, 50257)):
+        unaligned = size % 16 != 0
+        yield Variant(
+            f"loss scale_kernel {code}{' unaligned' * unaligned}",
+            "scale_kernel",
+            {"values": f"*{code}", "factor": "*fp32", **types},
+            {
+                "PIECES": -(-size // kernels._PIECE),
+                "PIECE": kernels._PIECE,
+                "CODE": CODE[code],
+                "VECTORS": kernels._VECTORS[bytes_],
+            },
+            {"num_warps": kernels._WARPS, "enable_fp_fusion": False},
+            () if unaligned else tuple(types),
+        )
 
 
 def compile_variant(kernels: Any, variant: Variant, capability: int) -> Compiled:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import warp_fast
-from warp_fast import _backend, _loss_ops, _ops, ema_update_
+from warp_fast import _backend, _ops, _stats_ops, ema_update_
 from warp_fast._backend import resolve
 
 CPU = torch.device("cpu")
@@ -79,10 +79,13 @@ def test_a_gpu_that_is_too_old_is_refused_with_the_reason(monkeypatch: pytest.Mo
 
 def test_cuda_has_the_loss_of_logits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "SERVED", SERVED)
-    assert "cuda" in SERVED["loss"]["cuda"] and "cuda" not in _loss_ops.LINEAR_TOKEN_STATS
+    assert "cuda" in SERVED["loss"]["cuda"] and "cuda" not in _stats_ops.LINEAR_TOKEN_STATS
     with pytest.raises(ValueError, match="'cuda' does not implement 'linear_loss' on cuda tensors"):
         resolve("linear_loss", "cuda", GPU)
-    for op, ops in (("loss", _loss_ops.TOKEN_STATS), ("linear_loss", _loss_ops.LINEAR_TOKEN_STATS)):
+    for op, ops in (
+        ("loss", _stats_ops.TOKEN_STATS),
+        ("linear_loss", _stats_ops.LINEAR_TOKEN_STATS),
+    ):
         assert {name for served in SERVED[op].values() for name in served} == set(ops)
 
 

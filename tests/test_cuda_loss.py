@@ -12,7 +12,7 @@ from torch import Tensor
 import warp_fast
 from tests.loss_rows import DEVICE, INF, NO_ANCHOR, PLAIN, Head, Leaves, kernels, problem, some_mask
 from tests.loss_rows import check as check_kernels
-from warp_fast import _loss_ops
+from warp_fast import _stats_ops
 from warp_fast._backend import MISSING, unavailable
 from warp_fast.native import loss_cuda as native
 
@@ -46,9 +46,17 @@ def backward(
     return [native.token_stats_backward_cuda(*arguments)]
 
 
-def fused(*arguments: Any) -> list[Tensor]:
-    """The gradient without the state, which is found in the same launch."""
-    return backward(*arguments[:6])
+def fused(
+    leaves: Leaves, anchor: Leaves, upstream: Tensor, ids: Tensor, head: Head, kl: str, *_: Any
+) -> list[Tensor]:
+    """The gradient over a copy of the logits, by the kernel that finds the statistics as well."""
+    logits = leaves[0].clone()
+    mask = upstream.any(1)
+    arguments = (logits, upstream, ids, mask, *(anchor or NO_ANCHOR[:1]), *head, kl)
+    found = native.token_stats_fused_cuda_(*arguments)
+    expected = forward(leaves, anchor, ids, mask, head, kl)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=False))
+    return [logits]
 
 
 check = partial(check_kernels, forward=forward, backward=backward)
@@ -122,8 +130,8 @@ def test_what_a_mask_hides_is_not_read(kept: int) -> None:
     ids[~mask] = torch.tensor([-1, 10**12], device=DEVICE)[~mask]
     found = forward(leaves, anchor, ids, mask, CAPPED, "reverse")
     upstream = torch.where(mask[:, None], 1.0, 0.0).expand(2, 3)
-    for state in (found[4], None):
-        (gradient,) = backward(leaves, anchor, upstream, ids, CAPPED, "reverse", state)
+    arguments = (leaves, anchor, upstream, ids, CAPPED, "reverse")
+    for (gradient,) in (backward(*arguments, found[4]), backward(*arguments), fused(*arguments)):
         assert not any(values[~mask].any() for values in (*found, gradient))
         for values in (*found, gradient):
             assert values.isfinite().all() and bool(values.any()) == bool(kept)
@@ -248,10 +256,43 @@ def test_public_loss(kl: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype == BF16 else 1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("kl", ["reward", "none", "reverse", "forward"])
+def test_loss_in_place(kl: Any, dtype: torch.dtype) -> None:
+    """By one launch where the coefficients are known; a token without any keeps its statistics."""
+    (wide,), (anchor,), ids = problem("logits", 6, 1000, dtype)
+    start = wide.view(2, 3, -1).requires_grad_()
+    advantages = torch.tensor([0.0, 1.0], device=DEVICE)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]], device=DEVICE)
+    options: dict[str, Any] = {"mask": mask, "kl": kl, "softcap": 3.0, "backend": "cuda"}
+    options["anchor_logits"] = anchor.view_as(start)
+
+    def results(in_place: bool, scale: float) -> list[Tensor]:
+        logits, given = start * 1, ids.view(2, 3)
+        found = warp_fast.warp_loss(logits, given, advantages, in_place=in_place, **options)
+        (gradient,) = torch.autograd.grad(found.loss * scale, start)
+        return [*[x.detach() for x in found[:4]], gradient]
+
+    for scale in (1.0, 0.25):
+        for a, b in zip(results(True, scale), results(False, scale), strict=True):
+            torch.testing.assert_close(a, b, rtol=2**-7 if a.dtype == BF16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
+def test_scaling(dtype: torch.dtype) -> None:
+    (wide,), _, _ = problem("logits", 3, 70, dtype)
+    for factor in (1.0, 0.3):
+        by = torch.tensor(factor, dtype=FP64 if dtype == FP64 else FP32, device=DEVICE)
+        for values in (wide.clone(), wide.clone()[:, 1:64], wide.T.contiguous().T, wide[:0]):
+            expected = (values.to(by.dtype) * by).to(dtype)
+            native.scale_cuda_(values, by)
+            assert torch.equal(values, expected)
+
+
 def test_op_is_traced() -> None:
     (logits,), (anchor,), ids = problem("logits", 2, 7)
     leaf, mask = logits.requires_grad_(), torch.ones(2, dtype=torch.bool, device=DEVICE)
-    op = _loss_ops.TOKEN_STATS["cuda"]
+    op = _stats_ops.TOKEN_STATS["cuda"]
     torch.library.opcheck(op, (leaf, ids, mask, anchor, 0.7, 3.0, "reverse", True))
 
     def logprobs(x: Tensor) -> Any:
@@ -270,7 +311,11 @@ def test_captured_in_a_graph() -> None:
     def run(logits: Tensor, anchor: Tensor, ids: Tensor, mask: Tensor) -> list[Tensor]:
         found = forward([logits], [anchor], ids, mask, CAPPED, "reverse")
         saved = backward([logits], [anchor], upstream, ids, CAPPED, "reverse", found[4])
-        return [*found, *saved, *backward([logits], [anchor], upstream, ids, CAPPED, "reverse")]
+        again = logits.clone()
+        both = native.token_stats_fused_cuda_(
+            again, upstream, ids, mask, anchor, *CAPPED, "reverse"
+        )
+        return [*found, *saved, *both, again]
 
     run(*inputs)
     graph = torch.cuda.CUDAGraph()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import warp_fast
 from tests.linear_loss_cases import KINDS, V, call, check, finite, widened
-from warp_fast import _loss_ops
+from warp_fast import _loss_ops, _stats_ops
 from warp_fast._backend import MISSING, SERVED
 from warp_fast._loss_checks import EXACT
 from warp_fast._objective import Rows, objective, slopes
@@ -247,7 +247,7 @@ def test_the_reference_is_what_autograd_gives() -> None:
         heads = finite(widened(heads))
         made = linear_loss_reference(heads, rows, terms, False, (True, True))
         leaves = [heads.hidden.requires_grad_(), heads.weight.requires_grad_()]
-        stats = _loss_ops.LINEAR_TOKEN_STATS["reference"](
+        stats = _stats_ops.LINEAR_TOKEN_STATS["reference"](
             *leaves, rows.token_ids, rows.mask, *heads[2:], kl if kl in EXACT else "", False
         )
         total = objective(rows, Stats(*stats[:4]), terms)

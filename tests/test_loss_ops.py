@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import warp_fast
-from warp_fast import _loss_ops
+from warp_fast import _stats_ops
 from warp_fast._backend import MISSING, SERVED
 from warp_fast.reference import loss as reference
 
@@ -109,7 +109,7 @@ def op_arguments(form: str, exact_kl: str) -> tuple[Any, ...]:
 @both
 @pytest.mark.parametrize("exact_kl", ["", "reverse", "forward"])
 def test_opcheck(exact_kl: str, form: str, backend: str) -> None:
-    ops = _loss_ops.TOKEN_STATS if form == "logits" else _loss_ops.LINEAR_TOKEN_STATS
+    ops = _stats_ops.TOKEN_STATS if form == "logits" else _stats_ops.LINEAR_TOKEN_STATS
     torch.library.opcheck(ops[backend], op_arguments(form, exact_kl))
 
 

@@ -234,9 +234,35 @@ def test_state_that_is_not_given_is_found_again(form: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("kl", ["", "reverse"])
+def test_gradient_over_the_logits(kl: str, dtype: torch.dtype) -> None:
+    """Of rows that are whole, cut out of a wider matrix, and not contiguous."""
+    (wide,), (anchor,), ids = problem("logits", 3, 70, dtype)
+    fine = FP64 if dtype == FP64 else FP32
+    upstream = torch.randn(3, 3, dtype=fine, device=DEVICE) * some_mask(3)[:, None]
+    for logits in (wide.clone(), wide.clone()[:, 1:64], wide.T.contiguous().T):
+        other = anchor[:, : logits.shape[1]]
+        arguments = (logits, ids % 60, other, *CAPPED, kl)
+        expected = kernels.token_stats_backward_triton(upstream, *arguments)
+        kernels.token_stats_backward_triton(upstream, *arguments, out=logits)
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
+def test_scaling(dtype: torch.dtype) -> None:
+    (wide,), _, _ = problem("logits", 3, 70, dtype)
+    for factor in (1.0, 0.3):
+        by = torch.tensor(factor, dtype=FP64 if dtype == FP64 else FP32, device=DEVICE)
+        for values in (wide.clone(), wide.clone()[:, 1:64], wide.T.contiguous().T, wide[:0]):
+            expected = (values.to(by.dtype) * by).to(dtype)
+            kernels.scale_triton_(values, by)
+            assert torch.equal(values, expected)
+
+
 PUBLIC = """
 import sys, warnings, torch, warp_fast
-from warp_fast import _loss_ops
+from warp_fast import _loss_ops, _stats_ops
 warnings.simplefilter("ignore")
 device = sys.argv[1]
 torch.manual_seed(0)
@@ -257,7 +283,14 @@ def results(function, backend, **options):
     )
     alone = torch.autograd.grad(found.loss, mine, retain_graph=True)
     total = found.loss + (found.entropy + found.kl).sum()
-    return [*[x.detach() for x in found], *alone, *torch.autograd.grad(total, mine)]
+    found_all = [*[x.detach() for x in found], *alone, *torch.autograd.grad(total, mine)]
+    if function == "warp_loss":
+        over = warp_fast.warp_loss(
+            mine[0] * 1, ids, torch.ones(1, device=device), **anchor, mask=mask, temperature=0.7,
+            softcap=3.0, in_place=True, backend=backend, **options
+        )
+        found_all += [over.loss.detach(), *torch.autograd.grad(over.loss, mine)]
+    return found_all
 clipped = {"old_logprobs": -torch.rand(1, 3, device=device) - 1, "clip_range": 0.2}
 for kl in ("reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"):
     for function in leaves:
@@ -268,10 +301,10 @@ for kl in ("reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"):
 flat = torch.randn(2, V, device=device, requires_grad=True)
 rest = (ids[0, :2], mask[0, :2] != 0)
 arguments = (flat, *rest, flat.detach() * 0.9, 0.7, 3.0, "reverse", True)
-torch.library.opcheck(_loss_ops.TOKEN_STATS["triton"], arguments)
+torch.library.opcheck(_stats_ops.TOKEN_STATS["triton"], arguments)
 hidden, weight = flat[:, :D].detach().requires_grad_(), leaves["linear_warp_loss"][1]
 arguments = (hidden, weight, *rest, hidden.detach(), weight, 0.7, None, "forward", False)
-torch.library.opcheck(_loss_ops.LINEAR_TOKEN_STATS["triton"], arguments)
+torch.library.opcheck(_stats_ops.LINEAR_TOKEN_STATS["triton"], arguments)
 sequence, given = torch.zeros(2, dtype=torch.long, device=device), torch.ones(2, device=device)
 host = (rest[1].cpu().clone(), sequence.cpu().clone())
 terms = (sequence, *host, 1, 2, given, None, -given, [0.2, 0.3], 0.1, "reward", True, True, True)

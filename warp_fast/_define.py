@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch._compile import _disable_dynamo
 
 Kernel: TypeAlias = Callable[..., Any]
@@ -37,6 +38,17 @@ def triton(stem: str, launcher: str) -> Kernel:
 
     def run(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"warp_fast.kernels.{stem}"), launcher)(*arguments)
+
+    return run
+
+
+def written(kernel: Kernel) -> Kernel:
+    """One that writes its first argument, so that autograd knows of it."""
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        found = kernel(first, *rest)
+        torch.autograd.graph.increment_version(first)
+        return found
 
     return run
 

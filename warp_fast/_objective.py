@@ -111,6 +111,14 @@ def slopes(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
     return torch.where(rows.mask[:, None], found, 0)
 
 
+def slopes_ahead(rows: Rows, terms: Terms, dtype: torch.dtype) -> Tensor | None:
+    """`slopes` in `dtype`, if they depend on no statistic."""
+    if terms.kl not in ("none", *checks.EXACT) or terms.old_logprobs is not None:
+        return None
+    nothing = terms.advantages.new_zeros(len(rows.mask), dtype=dtype)
+    return slopes(rows, Stats(*[nothing] * 4), terms)
+
+
 def exact_kl_of(kl: str) -> str:
     """The KL over the vocabulary that the statistics must hold, or ""."""
     return kl if kl in checks.EXACT else ""

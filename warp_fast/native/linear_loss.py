@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from warp_fast._loss_checks import Terms
+from warp_fast._loss_rows import STATE, check_ids
 from warp_fast._objective import (
     COUPLED,
     Rows,
@@ -24,12 +25,12 @@ from warp_fast._objective import (
 )
 from warp_fast._precision import as_given
 from warp_fast._slices import cut, groups, within
-from warp_fast.native._state import STATE, by_row, coefficients_of, new_state, statistics_of
+from warp_fast.native._state import by_row, coefficients_of, new_state, statistics_of
 from warp_fast.native._tiles import Gradients, Product, side_by_side
 from warp_fast.native.loss import Head
 from warp_fast.reference import linear_loss as reference
 from warp_fast.reference.linear_loss import Heads, LinearLoss
-from warp_fast.reference.loss import Stats, _check_ids
+from warp_fast.reference.loss import Stats
 
 # Rows whose logits are kept: 48 MiB of a vocabulary of 32k. The weights are read, and the gradient
 # of the weight is read and written, once for so many rows: some percent of the time of the
@@ -48,7 +49,7 @@ def linear_token_stats_cpp(
         wide = reference.linear_token_stats_reference(heads, token_ids, mask, exact_kl, entropy)
         return *wide, wide[0].new_zeros(len(token_ids), STATE)
     rows = mask.nonzero()[:, 0]
-    _check_ids(token_ids, rows, heads.weight.shape[0])
+    check_ids(token_ids, rows, heads.weight.shape[0])
     state, ids = new_state(rows), token_ids[rows]
     head = Head(heads.temperature, heads.softcap, exact_kl)
     with as_given("cpu"):
@@ -147,7 +148,7 @@ class _Making:
         self, heads: Heads, rows: Rows, terms: Terms, entropy: bool, needs: tuple[bool, bool]
     ) -> None:
         self.index = rows.mask.nonzero()[:, 0]
-        _check_ids(rows.token_ids, self.index, heads.weight.shape[0])
+        check_ids(rows.token_ids, self.index, heads.weight.shape[0])
         self.heads, self.entropy, self.needs = heads, entropy, needs
         self.rows, self.terms = rows.at(self.index), terms.at(self.index)
         self.ids, self.state = self.rows.token_ids, new_state(self.index)

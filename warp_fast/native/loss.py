@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from warp_fast._loss_rows import EXACT_CODES, STATE, check_ids, with_unit_stride
 from warp_fast.kernels._table import CODE
 from warp_fast.native._addresses import extension
-from warp_fast.native._state import STATE, by_row, coefficients_of, new_state
+from warp_fast.native._state import by_row, coefficients_of, new_state
 from warp_fast.reference import loss as reference
 
-EXACT_CODES = {"": 0, "reverse": 1, "forward": 2}
 Matrix = tuple[int, int, int]
 
 
@@ -40,7 +40,7 @@ def token_stats_cpp(
         )
         return *wide, wide[0].new_zeros(len(token_ids), STATE)
     rows = mask.nonzero()[:, 0]
-    reference._check_ids(token_ids, rows, logits.shape[1])
+    check_ids(token_ids, rows, logits.shape[1])
     head = Head(temperature, softcap, exact_kl)
     state = new_state(rows)
     anchor = None if anchor_logits is None else with_unit_stride(anchor_logits)
@@ -57,21 +57,21 @@ def token_stats_backward_cpp(
     softcap: float | None,
     exact_kl: str,
     state: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dlogits [N, V] from upstream [N, 3]; without the state of the forward pass it is made again.
+    """`token_stats_backward_reference`; without the state of the forward pass it is made again.
 
     Traffic: reads each row with a gradient once (exact KL: of the anchor too) and writes it once.
     """
     arguments = (logits, token_ids, anchor_logits, temperature, softcap, exact_kl)
     if upstream.dtype == torch.float64:
-        return reference.token_stats_backward_reference(upstream, *arguments)
+        return reference.token_stats_backward_reference(upstream, *arguments, None, out)
     used = upstream.any(1)
     if state is None:
         state = token_stats_cpp(logits, token_ids, used, *arguments[2:], True)[-1]
     rows = used.nonzero()[:, 0]
-    dlogits = torch.empty_like(logits)
+    dlogits = torch.empty_like(logits) if out is None else out
     written = with_unit_stride(dlogits)
-    written[~used] = 0
     anchor = None
     if anchor_logits is not None and exact_kl:
         anchor = with_unit_stride(anchor_logits)
@@ -83,6 +83,7 @@ def token_stats_backward_cpp(
         written,
         index=rows,
     )
+    written[~used] = 0
     return dlogits if written is dlogits else dlogits.copy_(written)
 
 
@@ -152,8 +153,3 @@ class Head:
 
 def matrix(rows: Tensor) -> Matrix:
     return rows.data_ptr(), rows.stride(0), CODE[rows.dtype]
-
-
-def with_unit_stride(rows: Tensor) -> Tensor:
-    """The same rows, each contiguous."""
-    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warp_fast._loss_rows import EXACT_CODES, STATE, with_unit_stride
 from warp_fast.kernels._table import CODE, on_device
 from warp_fast.native._addresses import addresses, extension
-from warp_fast.native._state import STATE
-from warp_fast.native.loss import EXACT_CODES, matrix, with_unit_stride
+from warp_fast.native.loss import matrix
 from warp_fast.reference import loss as reference
 
 _NO_MATRIX = (0, 0, CODE[torch.float32])
@@ -39,15 +39,14 @@ def token_stats_cuda(
             logits, token_ids, mask, anchor_logits, temperature, softcap, exact_kl, entropy
         )
         return *wide, wide[0].new_zeros(len(token_ids), STATE)
-    found = [logits.new_empty(len(token_ids), dtype=torch.float32) for _ in range(4)]
-    state = logits.new_empty((len(token_ids), STATE), dtype=torch.float64)
-    kept = mask.contiguous().view(torch.uint8)
+    found = _new_stats(logits)
     with on_device(logits):
         rows = _Rows(logits, anchor_logits, token_ids, temperature, softcap, exact_kl)
+        kept = _bytes(mask)
         extension().loss_stats_cuda(
-            *rows.arguments, kept.data_ptr(), entropy, addresses(found), state.data_ptr(), _stream()
+            *rows.arguments, kept.data_ptr(), entropy, addresses(found), _stream()
         )
-    return *found, state
+    return tuple(found)
 
 
 def token_stats_backward_cuda(
@@ -59,33 +58,95 @@ def token_stats_backward_cuda(
     softcap: float | None,
     exact_kl: str,
     state: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`token_stats_backward_reference`, without waiting for the GPU.
 
-    state: as the forward pass found it, with entropy if that has a gradient; else found in the same
-        launch, for which the policy stays in shared memory as far as it fits.
-    Traffic: reads logits (for an exact KL the anchor too, and without a state twice) and writes as
-        much, once; of a row whose upstream is 0 only the writing.
+    state: as the forward pass found it, with entropy if that has a gradient; else found again.
+    Traffic: reads logits (for an exact KL the anchor too) and writes as much, once; of a row whose
+        upstream is 0 only the writing.
     """
+    anchor, head = anchor_logits if exact_kl else None, (temperature, softcap, exact_kl)
     if upstream.dtype == torch.float64:
         return reference.token_stats_backward_reference(
-            upstream, logits, token_ids, anchor_logits, temperature, softcap, exact_kl
+            upstream, logits, token_ids, anchor, *head, None, out
         )
-    anchor = anchor_logits if exact_kl else None
-    dlogits = torch.empty_like(logits)
-    out = with_unit_stride(dlogits)
-    upstream = upstream.contiguous()
-    state = None if state is None else state.contiguous()
+    if state is None:
+        live = (upstream != 0).any(1)
+        state = token_stats_cuda(logits, token_ids, live, anchor, *head, True)[4]
+    dlogits = torch.empty_like(logits) if out is None else out
+    upstream, state = upstream.contiguous(), state.contiguous()
     with on_device(logits):
-        rows = _Rows(logits, anchor, token_ids, temperature, softcap, exact_kl)
+        rows = _Rows(logits, anchor, token_ids, *head)
+        written = with_unit_stride(dlogits)
         extension().loss_gradient_cuda(
+            *rows.arguments, upstream.data_ptr(), state.data_ptr(), matrix(written), _stream()
+        )
+    return dlogits if written is dlogits else dlogits.copy_(written)
+
+
+def token_stats_fused_cuda_(
+    logits: Tensor,
+    upstream: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    anchor_logits: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    exact_kl: str,
+) -> tuple[Tensor, ...]:
+    """The statistics, entropy among them, and their gradient over the logits, in one launch.
+
+    upstream: [N, 3], known before the statistics are.
+    Traffic: reads policy and anchor once and writes the gradient, 6 bytes per bf16 logit: the
+        policy stays in shared memory as far as it fits (rows of 256k do on Hopper), the anchor in
+        the cache of the GPU.
+    """
+    if reference.compute_dtype(logits, anchor_logits) == torch.float64:
+        rest = (anchor_logits, temperature, softcap, exact_kl)
+        wide = reference.token_stats_reference(logits, token_ids, mask, *rest, True)
+        reference.token_stats_backward_reference(upstream, logits, token_ids, *rest, out=logits)
+        return wide
+    found = _new_stats(logits)
+    upstream = upstream.contiguous()
+    with on_device(logits):
+        rows = _Rows(logits, anchor_logits, token_ids, temperature, softcap, exact_kl)
+        kept = _bytes(mask)
+        extension().loss_fused_cuda(
             *rows.arguments,
+            kept.data_ptr(),
             upstream.data_ptr(),
-            0 if state is None else state.data_ptr(),
-            matrix(out),
+            addresses(found),
+            matrix(rows.logits),
             _stream(),
         )
-    return dlogits if out is dlogits else dlogits.copy_(out)
+    if rows.logits is not logits:
+        logits.copy_(rows.logits)
+    return tuple(found[:4])
+
+
+def scale_cuda_(values: Tensor, factor: Tensor) -> None:
+    """values [N, V] *= factor, in place, without waiting for the GPU.
+
+    Traffic: none where the factor is 1, else reads and writes the values.
+    """
+    if torch.float64 in (values.dtype, factor.dtype):
+        return reference.scale_reference_(values, factor)
+    rows = with_unit_stride(values)
+    with on_device(values):
+        extension().loss_scale_cuda(matrix(rows), *rows.shape, factor.data_ptr(), _stream())
+    if rows is not values:
+        values.copy_(rows)
+
+
+def _new_stats(logits: Tensor) -> list[Tensor]:
+    """The four of `Stats` and the state."""
+    found = [logits.new_empty(len(logits), dtype=torch.float32) for _ in range(4)]
+    return [*found, logits.new_empty((len(logits), STATE), dtype=torch.float64)]
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.contiguous().view(torch.uint8)
 
 
 class _Rows:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from warp_fast._loss_checks import Terms
+from warp_fast._loss_rows import check_ids
 from warp_fast._objective import Rows, exact_kl_of, objective, slopes, with_given_anchor
 from warp_fast._precision import as_given
 from warp_fast.reference.loss import (
     Stats,
-    _check_ids,
     _pieces,
     compute_dtype,
     token_stats_backward_reference,
@@ -74,7 +74,7 @@ def linear_token_stats_reference(
     dtype = heads.compute_dtype
     found = [torch.zeros(len(token_ids), dtype=dtype, device=hidden.device) for _ in range(4)]
     rows = mask.nonzero()[:, 0]
-    _check_ids(token_ids, rows, weight.shape[0])
+    check_ids(token_ids, rows, weight.shape[0])
     with as_given(hidden.device.type):
         head = weight.to(dtype).T
         anchor_head = None if anchor_weight is None else anchor_weight.to(dtype).T

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from warp_fast._loss_rows import check_ids
+
 _CHUNK = 1 << 24  # logits alive at a time: 64 MiB in fp32
 
 
@@ -88,16 +90,6 @@ def _through_head(du: Tensor, logits: Tensor, temperature: float, softcap: float
     return du / temperature
 
 
-def _check_ids(token_ids: Tensor, rows: Tensor, vocabulary: int) -> None:
-    picked = token_ids[rows]
-    wrong = (picked < 0) | (picked >= vocabulary)
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"token_ids must be in [0, {vocabulary}); row {int(rows[at])} has {int(picked[at])}"
-        )
-
-
 def _pieces(rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
     return torch.split(rows, max(1, _CHUNK // vocabulary))
 
@@ -121,7 +113,7 @@ def token_stats_reference(
     dtype = compute_dtype(logits, anchor_logits)
     found = [torch.zeros(len(token_ids), dtype=dtype, device=logits.device) for _ in range(4)]
     rows = mask.nonzero()[:, 0]
-    _check_ids(token_ids, rows, logits.shape[1])
+    check_ids(token_ids, rows, logits.shape[1])
     for piece in _pieces(rows, logits.shape[1]):
         logp = scores(logits[piece].to(dtype), temperature, softcap).log_softmax(-1)
         logq = None
@@ -143,13 +135,16 @@ def token_stats_backward_reference(
     softcap: float | None,
     exact_kl: str,
     state: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """dlogits [N, V] from upstream [N, 3]; a row whose upstream is 0 gets exactly 0.
 
     state: of other backends; the inputs are enough here.
+    out: what to write them to, which may be the logits; None makes a tensor.
     """
-    dlogits = torch.zeros_like(logits)
-    for piece in _pieces(upstream.any(1).nonzero()[:, 0], logits.shape[1]):
+    dlogits = torch.empty_like(logits) if out is None else out
+    live = upstream.any(1)
+    for piece in _pieces(live.nonzero()[:, 0], logits.shape[1]):
         z = logits[piece].to(upstream.dtype)
         logp = scores(z, temperature, softcap).log_softmax(-1)
         logq = None
@@ -158,7 +153,14 @@ def token_stats_backward_reference(
             logq = scores(v, temperature, softcap).log_softmax(-1)
         du = _row_gradient(logp, token_ids[piece], logq, exact_kl, upstream[piece])
         dlogits[piece] = _through_head(du, z, temperature, softcap).to(logits.dtype)
+    dlogits[~live] = 0
     return dlogits
+
+
+def scale_reference_(values: Tensor, factor: Tensor) -> None:
+    """values *= factor, in place. Traffic: none on the CPU where the factor is 1."""
+    if factor.is_cuda or factor != 1:
+        values.mul_(factor)
 
 
 def sequence_sums_reference(values: Tensor, sequence: Tensor, count: int) -> Tensor:

@@ -1,0 +1,312 @@
+"""The ops of the statistics of rows in torch.library, and of their gradient; see _ops.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from warp_fast._backend import TRITON_DEVICE
+from warp_fast._define import Kernel, define, no_result, triton, written
+from warp_fast._loss_rows import STATE
+from warp_fast.native import linear_loss as native_linear_loss
+from warp_fast.native import loss as native_loss
+from warp_fast.native import loss_cuda as native_loss_cuda
+from warp_fast.reference import linear_loss as reference_linear_loss
+from warp_fast.reference import loss as reference_loss
+from warp_fast.reference.linear_loss import Heads
+
+Gradients: TypeAlias = Sequence[Tensor | None]  # of hidden and weight
+
+_HEAD = "float temperature, float? softcap, str exact_kl"
+_STATS_SCHEMA = (
+    "(Tensor logits, Tensor token_ids, Tensor mask, Tensor? anchor_logits, "
+    f"{_HEAD}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_STATS_BACKWARD_SCHEMA = (
+    f"(Tensor upstream, Tensor logits, Tensor token_ids, Tensor? anchor_logits, {_HEAD}, "
+    "Tensor? state=None) -> Tensor"
+)
+_LINEAR_STATS_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor token_ids, Tensor mask, Tensor? anchor_hidden, "
+    f"Tensor? anchor_weight, {_HEAD}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LINEAR_STATS_BACKWARD_SCHEMA = (
+    "(Tensor upstream, Tensor hidden, Tensor weight, Tensor token_ids, Tensor? anchor_hidden, "
+    f"Tensor? anchor_weight, {_HEAD}, bool needs_hidden, bool needs_weight, "
+    "Tensor? state=None, Tensor? host_mask=None) -> (Tensor, Tensor)"
+)
+
+
+def _fake_stats(state: int) -> Kernel:
+    """state: the columns of the last output, which the gradient takes back."""
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+        rows, dtype = tensors[0].shape[0], reference_loss.compute_dtype(*tensors)
+        found = [tensors[0].new_empty(rows, dtype=dtype) for _ in range(4)]
+        return *found, tensors[0].new_empty((rows, state), dtype=torch.float64)
+
+    return fake
+
+
+def _fake_linear_backward(
+    upstream: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return fake_gradients((hidden, weight), rest[6:8], upstream.dtype)
+
+
+def fake_gradients(
+    of: tuple[Tensor, Tensor], needs: tuple[bool, bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    first, second = (
+        x.new_empty(x.shape if need else 0, dtype=dtype) for x, need in zip(of, needs, strict=True)
+    )
+    return first, second
+
+
+def _on_heads(kernel: Kernel) -> Kernel:
+    """The statistics by a kernel that takes (heads, token_ids, mask, exact_kl, entropy)."""
+
+    def run(hidden: Tensor, weight: Tensor, token_ids: Tensor, mask: Tensor, *rest: Any) -> Any:
+        return kernel(Heads(hidden, weight, *rest[:4]), token_ids, mask, *rest[4:])
+
+    return run
+
+
+def _backward_on_heads(kernel: Kernel) -> Kernel:
+    """Their gradient by one of (upstream, heads, token_ids, exact_kl, needs, state, host_mask)."""
+
+    def run(upstream: Tensor, hidden: Tensor, weight: Tensor, token_ids: Tensor, *rest: Any) -> Any:
+        *anchor_and_head, exact_kl, needs_hidden, needs_weight = rest[:7]
+        heads, needs = Heads(hidden, weight, *anchor_and_head), (needs_hidden, needs_weight)
+        return kernel(upstream, heads, token_ids, exact_kl, needs, *rest[7:])
+
+    return run
+
+
+def _stateless(forward: Kernel) -> Kernel:
+    """The forward op of a backend whose gradient needs the inputs alone."""
+
+    def run(first: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return *forward(first, *rest), first.new_empty((len(first), 0), dtype=torch.float64)
+
+    return run
+
+
+def _save_stats(policy: int) -> Kernel:
+    """policy: how many tensors come before those of the anchor."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, temperature, softcap, exact_kl, _ = inputs
+        if not exact_kl:  # the gradient needs no anchor, which the caller may drop or write to
+            tensors[policy:] = [None] * len(tensors[policy:])
+        ctx.mark_non_differentiable(output[2], output[4])
+        ctx.save_for_backward(*tensors, output[4])
+        ctx.head = (temperature, softcap, exact_kl)
+
+    return save
+
+
+def upstream_of(mask: Tensor, dlogprobs: Tensor, dentropy: Tensor, dkl: Tensor) -> Tensor:
+    """[N, 3]: gradients of logprobs, entropy and kl, exactly 0 where masked."""
+    stacked = torch.stack([dlogprobs, dentropy, dkl], dim=1)
+    return torch.where(mask[:, None], stacked, 0)
+
+
+def kept_state(state: Tensor) -> Tensor | None:
+    return state if state.shape[1] else None
+
+
+def _stats_autograd(backward: Any) -> Kernel:
+    def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits, token_ids, mask, anchor_logits, state = ctx.saved_tensors
+        upstream = upstream_of(mask, gradients[0], gradients[1], gradients[3])
+        dlogits = backward(upstream, logits, token_ids, anchor_logits, *ctx.head, kept_state(state))
+        return dlogits, *[None] * 7
+
+    return gradient
+
+
+def gradient_dtype(of: Tensor) -> torch.dtype:
+    """That of the tensor, unless the caller asks for another one by its grad_dtype."""
+    asked: torch.dtype | None = getattr(of, "grad_dtype", None) if of.is_leaf else None
+    return of.dtype if asked is None else asked
+
+
+def rounded(found: Sequence[Tensor], of: tuple[Tensor, Tensor], needs: Sequence[bool]) -> Gradients:
+    """What autograd takes of the gradients of hidden and weight."""
+    triples = zip(found, of, needs, strict=True)
+    return [part.to(gradient_dtype(like)) if need else None for part, like, need in triples]
+
+
+def _linear_stats_autograd(backward: Any) -> Kernel:
+    def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, token_ids, mask, *anchor, state = ctx.saved_tensors
+        upstream = upstream_of(mask, gradients[0], gradients[1], gradients[3])
+        needs = tuple(ctx.needs_input_grad[:2])
+        found = backward(
+            upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, kept_state(state)
+        )
+        return *rounded(found, (hidden, weight), needs), *[None] * 8
+
+    return gradient
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError("the losses have a first derivative alone; got create_graph=True")
+
+
+class _Stats(NamedTuple):
+    """What the backends of an op of statistics share."""
+
+    schema: str
+    backward_schema: str
+    fake_backward: Kernel
+    autograd: Callable[[Any], Kernel]
+    save: Kernel
+
+
+_STATS = {
+    "token_stats": _Stats(
+        _STATS_SCHEMA,
+        _STATS_BACKWARD_SCHEMA,
+        lambda upstream, logits, *_: torch.empty_like(logits),
+        _stats_autograd,
+        _save_stats(policy=3),
+    ),
+    "linear_token_stats": _Stats(
+        _LINEAR_STATS_SCHEMA,
+        _LINEAR_STATS_BACKWARD_SCHEMA,
+        _fake_linear_backward,
+        _linear_stats_autograd,
+        _save_stats(policy=4),
+    ),
+}
+
+
+def _define_stats(
+    name: str,
+    backend: str,
+    forward: Kernel,
+    backward: Kernel,
+    device: str | None = None,
+    state: int = 0,
+) -> Any:
+    """Register the op of one backend with its gradient.
+
+    state: the columns of the fp64 rows that `forward` returns last and `backward` takes last; 0
+    where they have none.
+    """
+    shared = _STATS[name]
+    if not state:
+        forward = _stateless(forward)
+    op = define(f"{name}_{backend}", shared.schema, forward, _fake_stats(state), device)
+    back = define(
+        f"{name}_backward_{backend}", shared.backward_schema, backward, shared.fake_backward, device
+    )
+    torch.library.register_autograd(op, shared.autograd(back), setup_context=shared.save)
+    torch.library.register_autograd(back, _no_second_derivative)
+    return op
+
+
+TOKEN_STATS = {
+    "reference": _define_stats(
+        "token_stats",
+        "reference",
+        reference_loss.token_stats_reference,
+        reference_loss.token_stats_backward_reference,
+    ),
+    "triton": _define_stats(
+        "token_stats",
+        "triton",
+        triton("loss", "token_stats_triton"),
+        triton("loss", "token_stats_backward_triton"),
+        TRITON_DEVICE,
+        STATE,
+    ),
+    "cpp": _define_stats(
+        "token_stats",
+        "cpp",
+        native_loss.token_stats_cpp,
+        native_loss.token_stats_backward_cpp,
+        "cpu",
+        STATE,
+    ),
+    "cuda": _define_stats(
+        "token_stats",
+        "cuda",
+        native_loss_cuda.token_stats_cuda,
+        native_loss_cuda.token_stats_backward_cuda,
+        "cuda",
+        STATE,
+    ),
+}
+LINEAR_TOKEN_STATS = {
+    "reference": _define_stats(
+        "linear_token_stats",
+        "reference",
+        _on_heads(reference_linear_loss.linear_token_stats_reference),
+        _backward_on_heads(reference_linear_loss.linear_token_stats_backward_reference),
+    ),
+    "triton": _define_stats(
+        "linear_token_stats",
+        "triton",
+        _on_heads(triton("linear_loss", "linear_token_stats_triton")),
+        _backward_on_heads(triton("linear_loss", "linear_token_stats_backward_triton")),
+        TRITON_DEVICE,
+        STATE,
+    ),
+    "cpp": _define_stats(
+        "linear_token_stats",
+        "cpp",
+        _on_heads(native_linear_loss.linear_token_stats_cpp),
+        _backward_on_heads(native_linear_loss.linear_token_stats_backward_cpp),
+        "cpu",
+        STATE,
+    ),
+}
+
+# --- the same from logits that the gradient is written over
+
+_GRADIENT_SCHEMA = (
+    "(Tensor(a!) logits, Tensor upstream, Tensor token_ids, Tensor? anchor_logits, "
+    f"{_HEAD}, Tensor? state) -> ()"
+)
+_FUSED_SCHEMA = (
+    "(Tensor(a!) logits, Tensor upstream, Tensor token_ids, Tensor mask, Tensor? anchor_logits, "
+    f"{_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _over_logits(backward: Kernel) -> Kernel:
+    def run(logits: Tensor, upstream: Tensor, *rest: Any) -> None:
+        backward(upstream, logits, *rest, logits)
+
+    return run
+
+
+def _define_gradient(backend: str, backward: Kernel, device: str | None = None) -> Any:
+    name = f"token_gradient_{backend}_"
+    return define(name, _GRADIENT_SCHEMA, written(_over_logits(backward)), no_result, device)
+
+
+TOKEN_GRADIENT = {
+    "reference": _define_gradient("reference", reference_loss.token_stats_backward_reference),
+    "triton": _define_gradient(
+        "triton", triton("loss", "token_stats_backward_triton"), TRITON_DEVICE
+    ),
+    "cpp": _define_gradient("cpp", native_loss.token_stats_backward_cpp, "cpu"),
+    "cuda": _define_gradient("cuda", native_loss_cuda.token_stats_backward_cuda, "cuda"),
+}
+TOKEN_FUSED = {
+    "cuda": define(
+        "token_stats_fused_cuda_",
+        _FUSED_SCHEMA,
+        written(native_loss_cuda.token_stats_fused_cuda_),
+        lambda logits, *rest: _fake_stats(0)(logits, *rest)[:4],
+        "cuda",
+    ),
+}
