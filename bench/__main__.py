@@ -1,6 +1,6 @@
 """Run benchmarks, then print what is known of this machine and draw its roofline.
 
-    warp-fast bench [ema] [slerp] [merge] [loss] [OPTIONS]
+    warp-fast bench [ema] [slerp] [merge] [loss] [logits] [OPTIONS]
 
 Without a name nothing is run: the tables of this machine in bench/results/ are printed and drawn.
 With names those benchmarks run first, with the options of each (--quick, --rounds, --threads,
@@ -22,7 +22,7 @@ from bench import roofline
 from bench.harness import parse
 from bench.report import print_rows, stem
 
-OPS = ("ema", "slerp", "merge", "loss")
+OPS = ("ema", "slerp", "merge", "loss", "logits")
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-_MARKERS = {"ema": "o", "slerp": "s", "loss": "^"}
+_MARKERS = {"ema": "o", "slerp": "s", "loss": "^", "logits": "v"}
 _OURS, _PEERS = "tab:red", "tab:gray"
 
 

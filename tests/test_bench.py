@@ -12,7 +12,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import bench_ema, bench_loss, bench_merge, bench_slerp, peers, peers_loss, roofline
+from bench import (
+    bench_ema,
+    bench_logits,
+    bench_loss,
+    bench_merge,
+    bench_slerp,
+    peers,
+    peers_loss,
+    roofline,
+)
 from bench.checkpoints import Model
 from bench.harness import Absent, Provider, Scale, gate, measure, parse, relative_error
 from bench.loss_accuracy import accuracy
@@ -231,6 +240,31 @@ def test_loss_quick_path(no_packages: None, masked: float) -> None:
         if result.provider.returned:
             line = lines[result.provider.name]
             assert float(line["work MiB"]) <= float(line["peak MiB"]) and line["of floor"]
+
+
+@pytest.mark.parametrize("kl", bench_logits.KLS)
+def test_logits_quick_path(no_packages: None, monkeypatch: pytest.MonkeyPatch, kl: str) -> None:
+    monkeypatch.setattr(bench_logits, "missing", lambda package: f"pip install {package}")
+    group = bench_logits.compare(bench_logits.Case(kl, 64, 300), _CPU, _TINY)
+    _complete(group, 2 * len(bench_logits.backends(_CPU)))
+    assert [absent.install for absent in group.absent] == ["pip install trl"]
+
+
+@pytest.mark.parametrize("changed", ["advantages", "anchor", "token_ids"])
+@pytest.mark.parametrize("kl", bench_logits.KLS)
+def test_another_loss_fails_the_gate_of_the_logits(kl: str, changed: str) -> None:
+    def wrong(logits: torch.Tensor, batch: bench_logits.Batch) -> torch.Tensor:
+        other = {"advantages": -batch.advantages, "anchor": batch.start}
+        other["token_ids"] = batch.token_ids.roll(1)
+        return bench_logits.warp(logits, dataclasses.replace(batch, **{changed: other[changed]}))
+
+    case = bench_logits.Case(kl, *bench_logits.GATE)
+    batch = bench_logits.batch_of(*case, _CPU)
+    refused = [
+        gate(bench_logits.provider("a loss", loss, case, batch)).refused
+        for loss in (wrong, bench_logits.warp)
+    ]
+    assert refused[0] and not refused[1]
 
 
 def test_the_floor_of_two_passes_is_that_of_the_probes() -> None:

@@ -83,7 +83,7 @@ def token_stats_backward_cpp(
         written,
         index=rows,
     )
-    written[~used] = 0
+    written.index_fill_(0, (~used).nonzero()[:, 0], 0)
     return dlogits if written is dlogits else dlogits.copy_(written)
 
 

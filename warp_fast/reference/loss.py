@@ -153,7 +153,7 @@ def token_stats_backward_reference(
             logq = scores(v, temperature, softcap).log_softmax(-1)
         du = _row_gradient(logp, token_ids[piece], logq, exact_kl, upstream[piece])
         dlogits[piece] = _through_head(du, z, temperature, softcap).to(logits.dtype)
-    dlogits[~live] = 0
+    dlogits.index_fill_(0, (~live).nonzero()[:, 0], 0)
     return dlogits
 
 
