@@ -79,7 +79,7 @@ def batch_of(
     make = torch.Generator().manual_seed(0)
     shape = SEQUENCES, tokens // SEQUENCES
     start = torch.randn(*shape, vocabulary, generator=make).mul_(3).bfloat16()
-    anchor = (start.float() + 0.1 * torch.randn(start.shape, generator=make)).bfloat16()
+    anchor = (start.float() + 0.5 * torch.randn(start.shape, generator=make)).bfloat16()
     start, anchor = (x.to(device, torch.float64 if exact else x.dtype) for x in (start, anchor))
     ids = torch.randint(0, vocabulary, shape, generator=make).to(device)
     advantages = torch.randn(SEQUENCES, generator=make).to(device)

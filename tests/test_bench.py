@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -254,7 +255,7 @@ def test_logits_quick_path(no_packages: None, monkeypatch: pytest.MonkeyPatch, k
 @pytest.mark.parametrize("kl", bench_logits.KLS)
 def test_another_loss_fails_the_gate_of_the_logits(kl: str, changed: str) -> None:
     def wrong(logits: torch.Tensor, batch: bench_logits.Batch) -> torch.Tensor:
-        other = {"advantages": -batch.advantages, "anchor": batch.start}
+        other: dict[str, Any] = {"advantages": -batch.advantages, "anchor": batch.start}
         other["token_ids"] = batch.token_ids.roll(1)
         return bench_logits.warp(logits, dataclasses.replace(batch, **{changed: other[changed]}))
 
