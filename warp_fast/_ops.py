@@ -2,7 +2,7 @@
 
 An op id carries its backend (`warp_fast::ema_update_reference_`); the backends of one op share its
 schema, its fake and its autograd formula, all written here in Python, so every op exists and traces
-whether or not its compiled kernel does. Those of the losses are in _loss_ops.py.
+whether or not its compiled kernel does. Those of the losses are in _stats_ops.py and _loss_ops.py.
 """
 
 from __future__ import annotations
