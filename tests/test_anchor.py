@@ -49,6 +49,25 @@ def test_starts_as_an_exact_copy(storage: Any, dtype: torch.dtype) -> None:
         assert torch.equal(averaged[name].float(), tensor.float())
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_parameter_that_is_unfrozen_later_is_refused(given: bool) -> None:
+    """It would be shared with the anchor, or never follow; the averages are as they were."""
+    policy = Small(torch.float32)
+    module = Small(torch.float32) if given else None
+    anchor = EMAAnchor(policy, 0.5, "fp32", module=module)
+    before = copy.deepcopy(anchor.state_dict())
+    move(policy, 1.0)
+    policy.frozen.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'frozen\.weight', 'frozen\.bias'.* require a gradient"):
+        anchor.update()
+    after = anchor.state_dict()
+    assert after["step"] == 0
+    for name, average in before["averages"].items():
+        assert torch.equal(after["averages"][name], average)
+    policy.frozen.requires_grad_(False)
+    anchor.update()
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_ties_stay_tied_frozen_is_shared_buffers_are_copied(storage: Any) -> None:
     policy = Small(torch.float32)

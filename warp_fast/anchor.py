@@ -24,8 +24,8 @@ class EMAAnchor:
                                                         (arXiv 2406.16768, Algorithm 1; rate is mu)
 
     Args:
-        policy: the module being trained. Its frozen parameters are shared, not copied; tied weights
-            are stored once; buffers are copied at every update.
+        policy: the module being trained. Its frozen parameters are shared, not copied, so they must
+            stay frozen; tied weights are stored once; buffers are copied at every update.
         rate: mu in [0, 1]; may be assigned to later. 0 keeps a static anchor.
         storage: "split" keeps bf16 weights in `module` and 16 more bits aside, together an exact
             fp32 average at 4 bytes per parameter; "fp32" keeps fp32 weights in `module` (fp64 for a
@@ -39,7 +39,8 @@ class EMAAnchor:
         step: updates made since the last reset.
 
     Raises:
-        ValueError: unknown storage, a rate outside [0, 1], or a module unlike the policy.
+        ValueError: unknown storage, a rate outside [0, 1], or a module unlike the policy; in an
+            update, a parameter that was frozen before.
             TypeError: a parameter dtype that the storage cannot hold exactly.
 
     Traffic: an update reads the trainable parameters and reads and writes the average: 10 bytes per
@@ -76,6 +77,7 @@ class EMAAnchor:
             for name, average in self._averages.items():
                 self._residuals[name] = torch.zeros_like(average, dtype=torch.int16)
         self._sources = list(trainable.values())
+        self._frozen = {n: p for n, p in policy.named_parameters() if n not in trainable}
         self._gatherers = gatherers(self.module)
         self.reset_()
 
@@ -94,6 +96,11 @@ class EMAAnchor:
 
     @torch.no_grad()
     def _update(self) -> None:
+        if thawed := [name for name, p in self._frozen.items() if p.requires_grad]:
+            raise ValueError(
+                f"parameters that are frozen when the anchor is made have no average; {thawed[:5]} "
+                "require a gradient now: make the anchor after they do"
+            )
         ema_update_(
             list(self._averages.values()),
             self._sources,

@@ -199,7 +199,8 @@ def test_other_files_are_carried_over(checkpoints: Any, family: Any) -> None:
     nested = {"torch_dtype": "float32", "text_config": {"dtype": "float32", "vocab_size": 97}}
     (start / "config.json").write_text(json.dumps(nested))
     carried = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt",
-               "tokenizer.model", "special_tokens_map.json", "chat_template.jinja"]  # fmt: skip
+               "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
+               "modeling_ours.py"]  # fmt: skip
     for name in [*carried, "optimizer.pt", "notes.txt"]:
         (start / name).write_text(name)
     output = checkpoints.root / "out"

@@ -21,6 +21,7 @@ _CARRIED = (
     "chat_template*",
     "preprocessor_config.json",
     "processor_config.json",
+    "*.py",  # the model's own code, which auto_map in its config names
 )
 
 

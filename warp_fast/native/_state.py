@@ -7,6 +7,7 @@ would be rounded away, and with them the digits of its log-prob and of its gradi
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -49,43 +50,53 @@ class _Side(NamedTuple):
 
 
 class _Whole:
-    """The state of rows with the sampled token in it.
+    """The state of rows with the sampled token in it; what nobody asks for is not worked out.
 
     Attributes:
-        below, apart: u - max and u - v of the sampled token.
-        moment, cross: the means of u - max, and of u - v (v - u under the anchor, if forward).
+        below, anchor_below: u - max of the sampled token, and v - max.
+        apart: u - v of the sampled token.
+        moment: the mean of u - max.
     """
 
-    def __init__(self, state: Tensor, exact_kl: str) -> None:
-        top, rest, picked, moment, anchor_top, anchor_rest, anchor_picked, cross = state.unbind(1)
-        self.policy = _Side.of(top, rest, picked)
-        self.anchor = _Side.of(anchor_top, anchor_rest, anchor_picked)
+    def __init__(self, state: Tensor) -> None:
+        top, rest, picked, moment, *anchor, anchor_picked, self._cross = state.unbind(1)
+        self.policy, self._of_anchor = _Side.of(top, rest, picked), (*anchor, anchor_picked)
         self.below, self.apart = picked - self.policy.top, picked - anchor_picked
-        self.anchor_below = anchor_picked - self.anchor.top
         raised = torch.where(rest == 0, 0, rest * (top - self.policy.top))
         self.moment = self.policy.mean(moment + raised, self.below)
+
+    @cached_property
+    def anchor(self) -> _Side:
+        return _Side.of(*self._of_anchor)
+
+    @property
+    def anchor_below(self) -> Tensor:
+        return self._of_anchor[2] - self.anchor.top
+
+    def cross(self, exact_kl: str) -> Tensor:
+        """The mean of u - v under the policy or, where forward, of v - u under the anchor."""
         if exact_kl == "forward":
-            self.cross = self.anchor.mean(cross, -self.apart)
-        else:
-            self.cross = self.policy.mean(cross, self.apart)
+            return self.anchor.mean(self._cross, -self.apart)
+        return self.policy.mean(self._cross, self.apart)
 
 
 def statistics_of(state: Tensor, anchored: bool, exact_kl: str, entropy: bool) -> Tensor:
     """[4, n] of the rows of a state, as in `Stats`."""
-    row = _Whole(state, exact_kl)
-    policy, anchor = row.policy, row.anchor
+    row = _Whole(state)
+    policy = row.policy
     found = torch.zeros(4, len(state), dtype=torch.float32)
     found[0] = (row.below - policy.log_total).clamp(max=0)
     if entropy:
         found[1] = (policy.log_total - row.moment).clamp(min=0)
     if not anchored:
         return found
+    anchor = row.anchor
     found[2] = (row.anchor_below - anchor.log_total).clamp(max=0)
     apart = (policy.top - anchor.top) + (policy.log_total - anchor.log_total)
     if exact_kl == "reverse":
-        found[3] = (row.cross - apart).clamp(min=0)
+        found[3] = (row.cross(exact_kl) - apart).clamp(min=0)
     elif exact_kl == "forward":
-        found[3] = (row.cross + apart).clamp(min=0)
+        found[3] = (row.cross(exact_kl) + apart).clamp(min=0)
     return found
 
 
@@ -102,21 +113,19 @@ def by_row(
 def coefficients_of(state: Tensor, upstream: Tensor, exact_kl: str, temperature: float) -> Tensor:
     """[n, 7] of `LossCoefficient` in csrc/cpu.h: du = p (A + B (u - max) + C (u - v)) - Q q."""
     dlogprobs, dentropy, dkl = upstream.double().T / temperature
-    row = _Whole(state, exact_kl)
-    policy, anchor = row.policy, row.anchor
-    zero = torch.zeros_like(dkl)
-    a, b, c, q = dentropy * row.moment, -dentropy, zero, zero
+    row = _Whole(state)
+    policy, zero = row.policy, torch.zeros_like(dkl)
+    a, b, c, q, anchor_top = dentropy * row.moment, -dentropy, zero, zero, zero
     if exact_kl == "reverse":
-        a, c = a - dkl * row.cross, dkl
+        a, c = a - dkl * row.cross(exact_kl), dkl
     elif exact_kl == "forward":
-        a, q = a + dkl, dkl
+        a, q, anchor_top = a + dkl, dkl / row.anchor.total, row.anchor.top
     # of the sampled token, with 1 - p from the others
     slope = a + b * row.below
     if exact_kl == "reverse":
         slope = slope + c * row.apart
     token = torch.where(policy.token == 0, 0, policy.token * slope) + dlogprobs * policy.others
     if exact_kl == "forward":
-        token = token - q * anchor.token
+        token = token - dkl * row.anchor.token
     columns = [policy.top, *((x / policy.total) for x in (a - dlogprobs, b, c))]
-    columns += [anchor.top, q / anchor.total, token]
-    return torch.stack(columns, 1).float()
+    return torch.stack([*columns, anchor_top, q, token], 1).float()
