@@ -154,3 +154,14 @@ def problem(
 
 def some_mask(rows: int) -> Tensor:
     return (torch.arange(rows) % 3 != 1).to(DEVICE)
+
+
+def check_scaling(scale: Callable[[Tensor, Tensor], None], dtype: torch.dtype) -> None:
+    """By 1 and by less, of rows that are whole, cut out of a wider matrix, not contiguous, none."""
+    (wide,), _, _ = problem("logits", 3, 70, dtype)
+    for factor in (1.0, 0.3):
+        by = torch.tensor(factor, dtype=FP64 if dtype == FP64 else FP32, device=DEVICE)
+        for values in (wide.clone(), wide.clone()[:, 1:64], wide.T.contiguous().T, wide[:0]):
+            expected = (values.to(by.dtype) * by).to(dtype)
+            scale(values, by)
+            assert torch.equal(values, expected)

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 import warp_fast
-from tests.loss_rows import DEVICE, INF, NO_ANCHOR, PLAIN, Head, Leaves, kernels, problem, some_mask
+from tests.loss_rows import (
+    DEVICE,
+    INF,
+    NO_ANCHOR,
+    PLAIN,
+    Head,
+    Leaves,
+    check_scaling,
+    kernels,
+    problem,
+    some_mask,
+)
 from tests.loss_rows import check as check_kernels
 from warp_fast import _stats_ops
 from warp_fast._backend import MISSING, unavailable
@@ -280,13 +291,7 @@ def test_loss_in_place(kl: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
 def test_scaling(dtype: torch.dtype) -> None:
-    (wide,), _, _ = problem("logits", 3, 70, dtype)
-    for factor in (1.0, 0.3):
-        by = torch.tensor(factor, dtype=FP64 if dtype == FP64 else FP32, device=DEVICE)
-        for values in (wide.clone(), wide.clone()[:, 1:64], wide.T.contiguous().T, wide[:0]):
-            expected = (values.to(by.dtype) * by).to(dtype)
-            native.scale_cuda_(values, by)
-            assert torch.equal(values, expected)
+    check_scaling(native.scale_cuda_, dtype)
 
 
 def test_op_is_traced() -> None:

@@ -20,6 +20,7 @@ from tests.loss_rows import (
     Head,
     backward,
     check,
+    check_scaling,
     forward,
     kernels,
     problem,
@@ -251,13 +252,7 @@ def test_gradient_over_the_logits(kl: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
 def test_scaling(dtype: torch.dtype) -> None:
-    (wide,), _, _ = problem("logits", 3, 70, dtype)
-    for factor in (1.0, 0.3):
-        by = torch.tensor(factor, dtype=FP64 if dtype == FP64 else FP32, device=DEVICE)
-        for values in (wide.clone(), wide.clone()[:, 1:64], wide.T.contiguous().T, wide[:0]):
-            expected = (values.to(by.dtype) * by).to(dtype)
-            kernels.scale_triton_(values, by)
-            assert torch.equal(values, expected)
+    check_scaling(kernels.scale_triton_, dtype)
 
 
 PUBLIC = """
