@@ -238,7 +238,7 @@ def test_one_policy_is_reached_at_eta_one(backend: str) -> None:
 def test_report_says_what_was_merged(backend: str) -> None:
     init, policies = family(3)
     merged, report = slerp(init, policies, segments=GROUPS, return_report=True, backend=backend)
-    assert report.segments == ["'a'", "'b'"]
+    assert report.segments == ["a", "b"]
     assert torch.equal(report.gram, gram(init, policies, segments=GROUPS, backend=backend))
     assert torch.equal(report.coefficients, slerp_coefficients(report.gram))
     for s, names in enumerate(GROUPS.values()):

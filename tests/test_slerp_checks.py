@@ -100,7 +100,7 @@ DEGENERATE: dict[str, list[Tensor]] = {
 def test_degenerate_task_vectors_are_averaged_with_a_warning(backend: str, case: str) -> None:
     """Frozen and identical tensors are where cosines of 0 / 0 or just above 1 turn into NaN."""
     init, deltas = torch.tensor([1.0, -2.0, 0.5, 0.25]), DEGENERATE[case]
-    with pytest.warns(UserWarning, match=LINEAR + r" \('frozen'\); these were merged linearly"):
+    with pytest.warns(UserWarning, match=LINEAR + r" \(frozen\); these were merged linearly"):
         merged, report = slerp(
             {"frozen": init},
             [{"frozen": init + delta} for delta in deltas],
@@ -119,7 +119,7 @@ def test_other_segments_are_merged_as_ever_and_silently_where_all_is_well(backen
     init = {"frozen": ZERO, "moved": ZERO}
     policies = [{"frozen": ZERO, "moved": delta} for delta in (A, B)]
     alone = slerp({"moved": ZERO}, [{"moved": A}, {"moved": B}], backend=backend)
-    with pytest.warns(UserWarning, match=r"in 1 of 2 segments \('frozen'\)"):
+    with pytest.warns(UserWarning, match=r"in 1 of 2 segments \(frozen\)"):
         merged = slerp(init, policies, backend=backend)
     assert torch.equal(merged["moved"], alone["moved"])
     assert torch.equal(merged["frozen"], ZERO)
@@ -155,7 +155,7 @@ def test_nan_and_inf_are_refused_by_name_before_any_write(
     policies = [{"good": A, "bad": A.clone()}, {"good": B, "bad": B.clone()}]
     policies[at]["bad"][2] = value
     out = {"good": ZERO.clone(), "bad": ZERO.clone()}
-    with pytest.raises(ValueError, match=rf"in 'bad' those of policies \[{at}\] \(or init\)"):
+    with pytest.raises(ValueError, match=rf"in bad those of policies \[{at}\] \(or init\)"):
         slerp(init, policies, out=out, backend=backend)
     assert all((x == 0).all() for x in out.values())
 

@@ -179,7 +179,7 @@ def test_flat_parameters_bring_their_segments(backend: str) -> None:
     found, report = slerp(
         buffers[0], buffers[1:], segments=flats[0].segments, return_report=True, backend=backend
     )
-    assert report.segments == ["'weight'", "'bias'"]
+    assert report.segments == ["weight", "bias"]
     views = [flat.views() for flat in flats]
     expected = slerp(views[0], views[1:], backend=backend)
     for segment in flats[0].segments:
@@ -192,7 +192,7 @@ def test_groups_of_names_are_segments(segments: Any) -> None:
     products = gram(init, policies)
     grouped, report = slerp(init, policies, segments=segments, return_report=True)
     torch.testing.assert_close(report.gram, torch.stack([products[0] + products[1], products[2]]))
-    names = ["'first'", "'last'"] if isinstance(segments, dict) else ["'y'", "'z'"]
+    names = ["first", "last"] if isinstance(segments, dict) else ["y", "z"]
     assert report.segments == names and list(grouped) == ["x", "y", "z"]
 
 

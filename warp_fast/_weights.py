@@ -47,7 +47,7 @@ def layout_of(init: Weights, segments: Any) -> Layout:
     if isinstance(init, Mapping):
         keys = list(init)
         if segments is None:
-            return Layout(list(range(len(keys))), [repr(key) for key in keys], keys)
+            return Layout(list(range(len(keys))), [str(key) for key in keys], keys)
         return _grouped_layout(keys, segments)
     if segments is not None:
         raise ValueError("segments must be None for a list: each of its tensors is one segment")
@@ -70,7 +70,7 @@ def _flat_layout(init: Tensor, segments: Sequence[Segment | tuple[int, int]]) ->
                 f"{init.numel()} elements; got ({start}, {stop}) after {end}"
             )
         ranges.append((start, stop))
-        names.append(repr(entry.name) if isinstance(entry, Segment) else f"[{start}:{stop}]")
+        names.append(entry.name if isinstance(entry, Segment) else f"[{start}:{stop}]")
         end = stop
     if segments and not ranges:
         raise ValueError(f"segments must be {init.dtype} like the flat tensor; none of them is")
@@ -87,7 +87,7 @@ def _grouped_layout(keys: list[str], segments: Any) -> Layout:
         raise ValueError(f"segments must hold every name exactly once; check {odd[:5]}")
     if not all(groups):
         raise ValueError("a group of segments must hold at least one name; got an empty one")
-    names = [repr(key) for key in segments] if named else [repr(group[0]) for group in groups]
+    names = [str(key) for key in segments] if named else [str(group[0]) for group in groups]
     return Layout([number[key] for key in keys], names, keys)
 
 

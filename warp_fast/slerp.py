@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,39 +11,23 @@ from torch import Tensor
 
 from warp_fast import _ops, _sharded, _weights
 from warp_fast._backend import resolve
+from warp_fast._task_vectors import TaskVectors
 from warp_fast._weights import Weights
 
 
-@dataclass(frozen=True)
-class SlerpReport:
+class SlerpReport(TaskVectors):
     """What a merge found, per segment.
 
     Attributes:
-        segments: S names.
+        segments: S names; of ranges of a flat tensor, [start:stop].
         gram: [S, M, M] fp64, <delta_i, delta_j>.
         coefficients: [S, M] fp64, on the task vectors, before eta.
     """
 
-    segments: list[str]
-    gram: Tensor
-    coefficients: Tensor
-
-    @property
-    def norms(self) -> Tensor:
-        """[S, M] lengths of the task vectors."""
-        return self.gram.diagonal(dim1=1, dim2=2).sqrt()
-
     @property
     def angles(self) -> Tensor:
         """[S, M, M] angles between task vectors, radians; NaN where one of the pair is zero."""
-        norms = self.norms
-        return (self.gram / (norms[:, :, None] * norms[:, None, :])).clamp(-1, 1).acos()
-
-    @property
-    def merged_norms(self) -> Tensor:
-        """[S] lengths of the merged task vector at eta = 1."""
-        c = self.coefficients
-        return torch.einsum("si,sij,sj->s", c, self.gram, c).clamp(min=0).sqrt()
+        return self._angles()
 
 
 def gram(

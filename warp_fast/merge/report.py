@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from warp_fast._task_vectors import TaskVectors
 
 _MAX_ROWS = 100  # of the table in the model card
 FORMULAS = {
@@ -21,14 +22,14 @@ FORMULAS = {
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(TaskVectors):
     """What a merge found, per segment, and where it was written.
 
     Attributes:
-        method, granularity, etas, dtype, init, policies: what was asked for.
         segments: S names.
         gram: [S, M, M] fp64, inner products of the task vectors; NaN after a dry run.
         coefficients: [S, M] fp64, on the task vectors, before eta; NaN after a dry run.
+        method, granularity, etas, dtype, init, policies: what was asked for.
         degenerate: segments that SLERP merged linearly, their task vectors being zero, parallel or
             antiparallel.
         outputs: one checkpoint directory per eta.
@@ -41,18 +42,10 @@ class MergeReport:
     dtype: str | None
     init: Path
     policies: list[Path]
-    segments: list[str]
-    gram: Tensor
-    coefficients: Tensor
     degenerate: list[str]
     outputs: list[Path]
     bytes_read: int
     bytes_written: int
-
-    @property
-    def norms(self) -> Tensor:
-        """[S, M] lengths of the task vectors."""
-        return self.gram.diagonal(dim1=1, dim2=2).sqrt()
 
     @property
     def norm_ratios(self) -> Tensor:
@@ -62,15 +55,7 @@ class MergeReport:
     @property
     def angles(self) -> Tensor:
         """[S, M, M] angles between task vectors in degrees; NaN where one of the pair is zero."""
-        norms = self.norms
-        cosines = self.gram / (norms[:, :, None] * norms[:, None, :])
-        return cosines.clamp(-1, 1).acos().rad2deg()
-
-    @property
-    def merged_norms(self) -> Tensor:
-        """[S] lengths of the merged task vector at eta = 1."""
-        c = self.coefficients
-        return torch.einsum("si,sij,sj->s", c, self.gram, c).clamp(min=0).sqrt()
+        return self._angles().rad2deg()
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
