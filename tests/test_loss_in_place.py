@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import warp_fast
 from tests.tolerances import assert_close
@@ -159,6 +160,29 @@ def test_who_needs_the_logits_learns_that_they_are_gone(kl: Any, backend: str) -
     loss = problem.loss(logits, kl=kl, backend=backend, in_place=True).loss
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss + other, problem.weight)
+
+
+@served
+def test_two_losses_cannot_be_in_one_place(backend: str) -> None:
+    problem = Problem()
+    logits = problem.logits()
+    losses = [problem.loss(logits, backend=backend, in_place=True).loss for _ in range(2)]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(losses[0] + losses[1], problem.weight)
+
+
+@served
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_in_a_checkpointed_part(reentrant: bool, backend: str) -> None:
+    problem = Problem()
+
+    def loss(weight: Tensor, in_place: bool) -> Tensor:
+        return problem.loss(problem.hidden @ weight.T, backend=backend, in_place=in_place).loss
+
+    found = checkpoint(loss, problem.weight, True, use_reentrant=reentrant)
+    torch.autograd.backward(found)
+    (expected,) = torch.autograd.grad(loss(problem.weight, False), problem.weight)
+    torch.testing.assert_close(problem.weight.grad, expected)
 
 
 def refused(logits: Tensor, anchor: Tensor) -> Any:

@@ -171,17 +171,18 @@ SCALE = {
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, of, gradient, ctx.backend = inputs
-    # given away by the first backward pass, as what the loss from hidden states makes
-    ctx.shape, ctx.made = of.shape, gradient
+    ctx.shape, ctx.given = of.shape, False
+    # autograd refuses it in the backward pass if it has been written over
+    ctx.save_for_backward(gradient)
 
 
 def _give_gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    made, ctx.made = ctx.made, None
-    if made is None or torch.is_grad_enabled():
+    if ctx.given or torch.is_grad_enabled():
         raise RuntimeError(
             "a loss that is in_place has its gradient once: neither retain_graph nor create_graph "
             "can have it again; call the loss without in_place"
         )
+    (made,), ctx.given = ctx.saved_tensors, True
     SCALE[ctx.backend](made, upstream)
     return None, made.view(ctx.shape), None, None
 
