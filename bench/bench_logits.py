@@ -83,7 +83,8 @@ def batch_of(
     start, anchor = (x.to(device, torch.float64 if exact else x.dtype) for x in (start, anchor))
     ids = torch.randint(0, vocabulary, shape, generator=make).to(device)
     advantages = torch.randn(SEQUENCES, generator=make).to(device)
-    return Batch(start, start.clone().requires_grad_(), anchor, ids, advantages, kl)
+    logits = start.clone().requires_grad_() * 1  # no leaf: such a one cannot be written in place
+    return Batch(start, logits, anchor, ids, advantages, kl)
 
 
 def warp(logits: Tensor, batch: Batch, backend: str = "auto", in_place: bool = False) -> Tensor:
@@ -151,10 +152,9 @@ def losses(device: torch.device) -> tuple[dict[str, Loss], list[Absent]]:
 
 
 def step(loss: Loss, batch: Batch) -> list[Tensor]:
-    """Loss and gradient, of no leaf: such a one could not be written in place."""
-    logits = batch.logits.view_as(batch.logits)
-    found = loss(logits, batch)
-    return [found.detach(), *torch.autograd.grad(found, logits)]
+    """Loss and gradient."""
+    found = loss(batch.logits, batch)
+    return [found.detach(), *torch.autograd.grad(found, batch.logits)]
 
 
 def loss_error(loss: Loss, kl: str, device: torch.device) -> float:

@@ -22,10 +22,11 @@ from warp_fast.reference.loss import Stats, compute_dtype
 
 def matrix_of(logits: Tensor, anchor: Tensor | None) -> Tensor:
     """[N, V] of the memory of the logits; ValueError or TypeError where that cannot be written."""
-    if logits.is_leaf:
+    base = None if torch.compiler.is_compiling() else logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
-            "in_place writes over the logits; got a leaf that requires a gradient, which would be "
-            "lost; leave in_place out"
+            "in_place writes over the logits; got a leaf that requires a gradient, or a view of "
+            "one, which would be lost; leave in_place out"
         )
     if logits.dtype == torch.float16:
         raise TypeError(

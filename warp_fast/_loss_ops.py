@@ -182,7 +182,14 @@ def _give_gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
             "a loss that is in_place has its gradient once: neither retain_graph nor create_graph "
             "can have it again; call the loss without in_place"
         )
-    (made,), ctx.given = ctx.saved_tensors, True
+    try:
+        (made,), ctx.given = ctx.saved_tensors, True
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the gradient of a loss in_place lies where its logits were, which have been written "
+            "since; make one such loss for all rows of one tensor, and write nothing to it before "
+            "the backward pass"
+        ) from error
     SCALE[ctx.backend](made, upstream)
     return None, made.view(ctx.shape), None, None
 

@@ -177,9 +177,10 @@ def warp_loss(
         normalizer: Z; "sequence" (B), "token" (mask sum), or a number or 0-dim tensor, such as a
             count over all ranks and accumulation steps.
         return_entropy: also return the entropy per token.
-        in_place: make the gradient now and write it over the logits, which are lost: no second
-            [N, V] in memory. It can be had once, and the per-token values have none. Without a
-            gradient to make, nothing is written.
+        in_place: make the gradient now and write it over the logits, which are lost (later reads
+            find the gradient): no second [N, V] in memory. For one loss per tensor of logits, not
+            one for each slice of it. The gradient can be had once, and the per-token values have
+            none. Without a gradient to make, nothing is written.
         backend: "auto" or the name of a backend.
 
     Returns: a WarpLoss. Its kl is d_t for "reward" and "reward_to_go", k(d_t) for "k2" and "k3",
@@ -189,16 +190,16 @@ def warp_loss(
         ValueError: shapes, devices or values do not fit; where the mask is set, NaN advantages,
             log-probs of NaN or inf, ids outside the vocabulary (not looked for on GPUs, which
             would wait for it). TypeError: dtypes do not fit. kl="k1" is refused: its gradient is
-            zero in expectation. in_place is for logits that lie evenly, are no leaf, share nothing
-            with the anchor's and are not fp16.
+            zero in expectation. in_place is for logits that lie evenly, are no leaf nor a view of
+            one, share nothing with the anchor's and are not fp16.
 
     Traffic: reads policy and anchor logits once, the gradient reads the policy (for exact KL the
         anchor too) and writes as much. In place the backward pass costs nothing if what it is given
         is 1 (so divide by `normalizer`, not the loss), else a read and a write; and backend "cuda"
         takes one pass for both, 6 bytes per bf16 logit, if kl is "reverse", "forward" or "none"
         and there are no old_logprobs.
-    Numerics: fp32; log-probs never positive. Gradients flow to logits alone, also through the
-        returned per-token values; an all-masked batch gives 0 and zero gradients.
+    Numerics: fp32; log-probs never positive. Gradients flow to logits alone, unless in place also
+        through the returned per-token values; an all-masked batch gives 0 and zero gradients.
     """
     checks.head(temperature, softcap)
     checks.rows(logits, "logits")
