@@ -21,12 +21,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import Absent, Provider, Scale, measure, parse, relative_error
+from bench.harness import Absent, Provider, Scale, backends, measure, parse, relative_error
 from bench.peers import missing
-from bench.peers_loss import BETA, COMPILED, EAGER
+from bench.peers_loss import BETA, COMPILED, EAGER, log_softmax
 from bench.report import Group, environment, publish
 from warp_fast import warp_loss
-from warp_fast._backend import SERVED, unavailable
 
 OURS = "warp_fast"
 SEQUENCES = 4
@@ -68,8 +67,6 @@ class Batch:
 
 # (logits, batch) -> the loss
 Loss: TypeAlias = Callable[[Tensor, Batch], Tensor]
-# (logits, token_ids) -> log-probabilities
-Logprobs: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def batch_of(
@@ -101,20 +98,20 @@ def warp(logits: Tensor, batch: Batch, backend: str = "auto", in_place: bool = F
     ).loss
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+def reinforce(logp: Tensor, logq: Tensor, batch: Batch) -> Tensor:
+    """The loss with the KL in the reward, from log-probabilities [B, T] of policy and anchor."""
+    penalty = (logp.detach() - logq).sum(1, keepdim=True)
+    return -((batch.advantages[:, None] - BETA * penalty) * logp).sum() / SEQUENCES
 
 
 def plain(logits: Tensor, batch: Batch) -> Tensor:
-    """In fp32 or better, as trainers have it."""
-    ids, total = batch.token_ids[..., None], batch.advantages[:, None]
+    ids = batch.token_ids[..., None]
     logp, logq = log_softmax(logits), log_softmax(batch.anchor)
     picked = logp.gather(-1, ids)[..., 0]
     if batch.kl == "reverse":
         divergence = (logp.exp() * (logp - logq)).sum(-1)
-        return (BETA * divergence - total * picked).sum() / SEQUENCES
-    penalty = (picked.detach() - logq.gather(-1, ids)[..., 0]).sum(1, keepdim=True)
-    return -((total - BETA * penalty) * picked).sum() / SEQUENCES
+        return (BETA * divergence - batch.advantages[:, None] * picked).sum() / SEQUENCES
+    return reinforce(picked, logq.gather(-1, ids)[..., 0], batch)
 
 
 def trl(logits: Tensor, batch: Batch) -> Tensor:
@@ -123,24 +120,14 @@ def trl(logits: Tensor, batch: Batch) -> Tensor:
 
     if batch.kl != "reward":
         raise NotImplementedError("has no exact KL")
-    logp = selective_log_softmax(logits, batch.token_ids)
-    with torch.no_grad():
-        logq = selective_log_softmax(batch.anchor, batch.token_ids)
-        penalty = (logp - logq).sum(1, keepdim=True)
-    loss: Tensor = -((batch.advantages[:, None] - BETA * penalty) * logp).sum() / SEQUENCES
-    return loss
-
-
-def backends(device: torch.device) -> list[str]:
-    """What serves a device at speed: not the interpreter of Triton."""
-    able = [b for b in SERVED["loss"][device.type] if unavailable("loss", b, device) is None]
-    return [b for b in able if device.type == "cuda" or b != "triton"]
+    logp, logq = (selective_log_softmax(x, batch.token_ids) for x in (logits, batch.anchor))
+    return reinforce(logp, logq, batch)
 
 
 def losses(device: torch.device) -> tuple[dict[str, Loss], list[Absent]]:
     """Providers by name, ours first, and who is absent."""
     found: dict[str, Loss] = {}
-    for backend in backends(device):
+    for backend in backends("loss", device):
         found[f"{OURS}, {backend}"] = partial(warp, backend=backend)
         found[f"{OURS}, {backend}, in_place"] = partial(warp, backend=backend, in_place=True)
     compiled: Any = torch.compile(plain, dynamic=False)

@@ -23,12 +23,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import Provider, Scale, matmul_probe, measure, parse, relative_error
+from bench.harness import Provider, Scale, backends, matmul_probe, measure, parse, relative_error
 from bench.loss_accuracy import accuracy
 from bench.peers_loss import BETA, EAGER, FORMULA, Batch, Loss, full_logprobs, peers, reinforce
 from bench.report import Group, environment, publish
 from warp_fast import linear_warp_loss
-from warp_fast._backend import MISSING, SERVED
 
 SEQUENCES = 8
 OURS = "warp_fast"
@@ -106,16 +105,10 @@ def warp(
     ).loss
 
 
-def backends(device: torch.device) -> list[str]:
-    """What serves a device at speed: not the interpreter of Triton."""
-    served = [b for b in SERVED["linear_loss"][device.type] if MISSING[b] is None]
-    return [b for b in served if device.type == "cuda" or b != "triton"]
-
-
 def losses(device: torch.device) -> dict[str, Loss]:
     """Providers by name, ours first."""
     ours: dict[str, Loss] = {}
-    for backend in backends(device):
+    for backend in backends("linear_loss", device):
         ours[f"{OURS}, {backend}"] = partial(warp, backend=backend)
         if backend != "reference":
             small = partial(warp, backend=backend, low_memory=True)
@@ -201,7 +194,7 @@ def main(given: Sequence[str] | None = None) -> None:
     stamp = environment(options.device)
     cases = QUICK if options.quick else ON_GPU if options.device.type == "cuda" else ON_CPU
     timed = (compare(case, options.device, options.scale) for case in cases)
-    judged = accuracy(options.device, backends(options.device))
+    judged = accuracy(options.device, backends("linear_loss", options.device))
     publish("loss", itertools.chain(timed, judged), stamp, options)
 
 

@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from warp_fast._backend import SERVED, unavailable
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -256,6 +258,12 @@ def bandwidth_probes(device: torch.device, size: int) -> list[Provider]:
         Provider(name, run, lambda: 0.0, 0.0, x.numel(), x.nbytes * touched)
         for name, (run, touched) in streams.items()
     ]
+
+
+def backends(op: str, device: torch.device) -> list[str]:
+    """What serves an op on a device at speed: not the interpreter of Triton."""
+    able = [b for b in SERVED[op][device.type] if unavailable(op, b, device) is None]
+    return [b for b in able if device.type == "cuda" or b != "triton"]
 
 
 def relative_error(ours: Sequence[Tensor], gold: Sequence[Tensor]) -> float:

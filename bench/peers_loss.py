@@ -67,11 +67,14 @@ def reinforce(batch: Batch, logprobs: Logprobs) -> Tensor:
     return -(coefficients(batch, logp, logprobs) * logp).sum() / len(logp)
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """In fp32 or better, as trainers have it."""
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+
+
 def full_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
     """All logits in the dtype of the inputs, the rest in fp32 or better, as transformers has it."""
-    logits = hidden @ weight.T
-    logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-    return logp.gather(-1, token_ids[..., None])[..., 0]
+    return log_softmax(hidden @ weight.T).gather(-1, token_ids[..., None])[..., 0]
 
 
 # https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py, _ChunkedLogProbFunction: tiles

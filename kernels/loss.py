@@ -20,7 +20,7 @@ from warp_fast.kernels._rows import (
     scale_kernel,
     sums_kernel,
 )
-from warp_fast.kernels._table import CODE, on_device
+from warp_fast.kernels._table import CODE, copied_back, on_device
 from warp_fast.reference.loss import compute_dtype
 
 _WARPS = 4
@@ -207,7 +207,8 @@ def token_stats_backward_triton(
         state = token_stats_triton(logits, token_ids, kept, anchor, *head, True)[4]
     rows = Rows.of(logits, anchor, token_ids, kept, head)
     row_gradient(rows, state.contiguous(), upstream.contiguous(), written)
-    return dlogits if written is dlogits else dlogits.copy_(written)
+    copied_back([dlogits], [written])
+    return dlogits
 
 
 def scale_triton_(values: Tensor, factor: Tensor) -> None:
@@ -230,6 +231,6 @@ def scale_triton_(values: Tensor, factor: Tensor) -> None:
                 CODE=CODE[rows.dtype],
                 VECTORS=_VECTORS[rows.element_size()],
                 num_warps=_WARPS,
+                enable_fp_fusion=False,
             )
-    if rows is not values:
-        values.copy_(rows)
+    copied_back([values], [rows])

@@ -24,7 +24,7 @@ from bench import (
     roofline,
 )
 from bench.checkpoints import Model
-from bench.harness import Absent, Provider, Scale, gate, measure, parse, relative_error
+from bench.harness import Absent, Provider, Scale, backends, gate, measure, parse, relative_error
 from bench.loss_accuracy import accuracy
 from bench.report import Group, environment, floor_seconds, publish, rows, show, stem, write
 from warp_fast import cli, slerp
@@ -232,7 +232,7 @@ def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loss_quick_path(no_packages: None, masked: float) -> None:
     group = bench_loss.compare(bench_loss.Case(64, 16, 300, masked), _CPU, _TINY)
     # every backend but the reference with low_memory as well
-    _complete(group, 2 * len(bench_loss.backends(_CPU)) - 1)
+    _complete(group, 2 * len(backends("linear_loss", _CPU)) - 1)
     packages = {absent.install.rpartition(" ")[2] for absent in group.absent}
     assert packages >= {"trl", "verl", "liger-kernel", "cut-cross-entropy"}
     lines = {line["provider"]: line for line in rows(group)}
@@ -247,7 +247,7 @@ def test_loss_quick_path(no_packages: None, masked: float) -> None:
 def test_logits_quick_path(no_packages: None, monkeypatch: pytest.MonkeyPatch, kl: str) -> None:
     monkeypatch.setattr(bench_logits, "missing", lambda package: f"pip install {package}")
     group = bench_logits.compare(bench_logits.Case(kl, 64, 300), _CPU, _TINY)
-    _complete(group, 2 * len(bench_logits.backends(_CPU)))
+    _complete(group, 2 * len(backends("loss", _CPU)))
     assert [absent.install for absent in group.absent] == ["pip install trl"]
 
 
@@ -305,7 +305,7 @@ def test_another_loss_fails_the_gate_of_the_loss(changed: str, dtype: torch.dtyp
 def test_bf16_logits_are_noise_near_the_anchor(
     no_packages: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    groups = list(accuracy(_CPU, bench_loss.backends(_CPU)))
+    groups = list(accuracy(_CPU, backends("linear_loss", _CPU)))
     for group in groups:
         assert not any(result.refused for result in group.results)
         for result in group.results:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from warp_fast._loss_rows import EXACT_CODES, STATE, check_ids, with_unit_stride
-from warp_fast.kernels._table import CODE
+from warp_fast.kernels._table import CODE, copied_back
 from warp_fast.native._addresses import extension
 from warp_fast.native._state import by_row, coefficients_of, new_state
 from warp_fast.reference import loss as reference
@@ -84,7 +84,8 @@ def token_stats_backward_cpp(
         index=rows,
     )
     written.index_fill_(0, (~used).nonzero()[:, 0], 0)
-    return dlogits if written is dlogits else dlogits.copy_(written)
+    copied_back([dlogits], [written])
+    return dlogits
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from warp_fast._loss_rows import EXACT_CODES, STATE, with_unit_stride
-from warp_fast.kernels._table import CODE, on_device
+from warp_fast.kernels._table import CODE, copied_back, on_device
 from warp_fast.native._addresses import addresses, extension
 from warp_fast.native.loss import matrix
 from warp_fast.reference import loss as reference
@@ -82,7 +82,8 @@ def token_stats_backward_cuda(
         extension().loss_gradient_cuda(
             *rows.arguments, upstream.data_ptr(), state.data_ptr(), matrix(written), _stream()
         )
-    return dlogits if written is dlogits else dlogits.copy_(written)
+    copied_back([dlogits], [written])
+    return dlogits
 
 
 def token_stats_fused_cuda_(
@@ -120,8 +121,7 @@ def token_stats_fused_cuda_(
             matrix(rows.logits),
             _stream(),
         )
-    if rows.logits is not logits:
-        logits.copy_(rows.logits)
+    copied_back([logits], [rows.logits])
     return tuple(found[:4])
 
 
@@ -135,8 +135,7 @@ def scale_cuda_(values: Tensor, factor: Tensor) -> None:
     rows = with_unit_stride(values)
     with on_device(values):
         extension().loss_scale_cuda(matrix(rows), *rows.shape, factor.data_ptr(), _stream())
-    if rows is not values:
-        values.copy_(rows)
+    copied_back([values], [rows])
 
 
 def _new_stats(logits: Tensor) -> list[Tensor]:
