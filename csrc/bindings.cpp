@@ -132,11 +132,12 @@ void slerp_apply(const Addresses& addresses, const Codes& codes, const Sizes& si
     WARP_FAST_DISPATCH(apply, merge.call);
 }
 
-// address or 0, elements from row to row, dtype code
-using Matrix = std::tuple<uintptr_t, int64_t, int>;
+// address or 0; stride, run and jump of the rows; dtype code
+using Matrix = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int>;
 
 LossMatrix loss_matrix(const Matrix& of) {
-    return {pointer(std::get<0>(of)), std::get<1>(of), std::get<2>(of)};
+    const auto [address, stride, run, jump, code] = of;
+    return {pointer(address), stride, run, jump, code};
 }
 
 LossCall loss_call(const Matrix& logits, const Matrix& anchor, uintptr_t index, uintptr_t token_ids,

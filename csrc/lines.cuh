@@ -16,9 +16,16 @@ struct Line {
     int code, skip;
 };
 
+// where row n begins; n and the run are below 2^31, for which a division costs less
+__device__ inline char* row_begin(const LossMatrix& matrix, int64_t n) {
+    const unsigned run = static_cast<unsigned>(n) / static_cast<unsigned>(matrix.run);
+    const int64_t elements = n * matrix.stride + run * matrix.jump;
+    return static_cast<char*>(matrix.address) + elements * (matrix.code == kFp32 ? 4 : 2);
+}
+
 __device__ inline Line line_of(const LossMatrix& matrix, int64_t n, int64_t width) {
     const int bytes = matrix.code == kFp32 ? 4 : 2;
-    char* begin = static_cast<char*>(matrix.address) + n * matrix.stride * bytes;
+    char* begin = row_begin(matrix, n);
     const int skip = static_cast<int>(reinterpret_cast<uintptr_t>(begin) % sizeof(Word));
     return {begin, begin + width * bytes, matrix.code, skip};
 }

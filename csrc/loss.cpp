@@ -186,8 +186,10 @@ void add_block(double* side, const Block& u, int64_t count, double* moment, cons
 
 LossMatrix row_of(const LossMatrix& matrix, int64_t row) {
     const int64_t bytes = matrix.code == kFp32 ? 4 : 2;
-    char* base = static_cast<char*>(matrix.address) + row * matrix.stride * bytes;
-    return {base, matrix.stride, matrix.code};
+    const int64_t elements = row * matrix.stride + row / matrix.run * matrix.jump;
+    LossMatrix found = matrix;
+    found.address = static_cast<char*>(matrix.address) + elements * bytes;
+    return found;
 }
 
 void row_stats(const LossCall& call, int64_t row) {

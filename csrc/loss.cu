@@ -311,8 +311,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 __global__ void scale_kernel(const LossMatrix matrix, int64_t width, const float* factor) {
     const float by = *factor;
     if (by == 1) return;
-    const int bytes = matrix.code == kFp32 ? 4 : 2;
-    char* row = static_cast<char*>(matrix.address) + blockIdx.x * matrix.stride * bytes;
+    char* row = row_begin(matrix, blockIdx.x);
     for (int64_t j = threadIdx.x; j < width; j += blockDim.x) {
         const float x = static_cast<float>(load_any(row, j, matrix.code)) * by;
         store_any(row, j, matrix.code, x);

@@ -34,14 +34,24 @@ STATE = tl.constexpr(_loss_rows.STATE)
 
 
 @triton.jit
+def row_at(matrix, n, run, stride, jump):
+    """Where row n, an int64 below 2^31, begins; see `layout` in warp_fast/_loss_rows.py."""
+    runs = (n.to(tl.int32) // run).to(tl.int64)
+    return matrix + n * stride + runs * jump
+
+
+@triton.jit(do_not_specialize=["run"])
 def sums_kernel(
-    logits,  # [N, V], rows `stride` apart
-    anchor,  # [N, V], rows `anchor_stride` apart
+    logits,  # rows of V, where `row_at` says
+    anchor,
     token_ids,  # [N] int64
     kept,  # [N] uint8
     sums,  # [N, PIECES, FIELDS]
+    run,
     stride,
+    jump,
     anchor_stride,
+    anchor_jump,
     size,  # V
     inner: tl.float64,
     outer: tl.float64,
@@ -62,7 +72,8 @@ def sums_kernel(
     n = pid // PIECES
     if tl.load(kept + n) == 0:
         return
-    row, anchor_row = logits + n * stride, anchor + n * anchor_stride
+    row = row_at(logits, n, run, stride, jump)
+    anchor_row = row_at(anchor, n, run, anchor_stride, anchor_jump)
     token = tl.load(token_ids + n)
     shift = 0.0
     if EXACT:
@@ -123,7 +134,7 @@ def _pieces(place, inside):
     return top, tl.load(place + 1, mask=inside, other=0.0).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["run"])
 def row_kernel(
     logits,
     anchor,
@@ -135,8 +146,11 @@ def row_kernel(
     anchor_logprobs,
     kls,
     state,  # [N, STATE] fp64
+    run,
     stride,
+    jump,
     anchor_stride,
+    anchor_jump,
     size,
     inner: tl.float64,
     outer: tl.float64,
@@ -155,7 +169,8 @@ def row_kernel(
     most, share, low, rest, anchor_most, anchor_share = logp, logp, logp, logp, logp, logp
     if tl.load(kept + n) != 0:
         token = tl.load(token_ids + n)
-        picked = picked_score(logits + n * stride, token, size, inner, outer, SOFTCAP, WIDE)
+        row = row_at(logits, n, run, stride, jump)
+        picked = picked_score(row, token, size, inner, outer, SOFTCAP, WIDE)
         k = tl.arange(0, PADDED)
         place, inside = sums + (n * PIECES + k) * FIELDS, k < PIECES
         top, total = _pieces(place, inside)
@@ -168,7 +183,7 @@ def row_kernel(
         if ENTROPY:
             entropy = tl.log(all_) - low
         if ANCHOR:
-            anchor_row = anchor + n * anchor_stride
+            anchor_row = row_at(anchor, n, run, anchor_stride, anchor_jump)
             anchor_picked = picked_score(anchor_row, token, size, inner, outer, SOFTCAP, WIDE)
             anchor_top, total = _pieces(place + 3, inside)
             anchor_piece_top, anchor_scale, total, _ = merged(anchor_top, total, total)
@@ -212,7 +227,7 @@ def row_kernel(
     tl.store(place + 7, mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["run"])
 def gradient_kernel(
     upstream,  # [N, 3] of logprobs, entropy, kl
     logits,
@@ -220,10 +235,14 @@ def gradient_kernel(
     token_ids,
     kept,
     state,  # [N, STATE] fp64
-    out,  # [N, V], rows `out_stride` apart; may be logits
+    out,  # may be logits
+    run,
     stride,
+    jump,
     anchor_stride,
+    anchor_jump,
     out_stride,
+    out_jump,
     size,
     inner: tl.float64,
     outer: tl.float64,
@@ -241,7 +260,9 @@ def gradient_kernel(
     """
     pid = tl.program_id(0).to(tl.int64)
     n = pid // PIECES
-    row, anchor_row, out_row = logits + n * stride, anchor + n * anchor_stride, out + n * out_stride
+    row = row_at(logits, n, run, stride, jump)
+    anchor_row = row_at(anchor, n, run, anchor_stride, anchor_jump)
+    out_row = row_at(out, n, run, out_stride, out_jump)
     lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     first = (pid % PIECES).to(tl.int32) * PIECE
     end = tl.minimum(first + PIECE, size)
@@ -278,11 +299,13 @@ def gradient_kernel(
         tl.store(out_row + offs, rounded(dz, CODE), mask=offs < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["run"])
 def scale_kernel(
-    values,  # [N, V], rows `stride` apart
+    values,
     factor,
+    run,
     stride,
+    jump,
     size,
     PIECES: tl.constexpr,
     PIECE: tl.constexpr,
@@ -293,7 +316,7 @@ def scale_kernel(
     by = tl.load(factor)
     if by != 1:
         pid = tl.program_id(0).to(tl.int64)
-        row = values + pid // PIECES * stride
+        row = row_at(values, pid // PIECES, run, stride, jump)
         lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         first = (pid % PIECES).to(tl.int32) * PIECE
         end = tl.minimum(first + PIECE, size)

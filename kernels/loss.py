@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from warp_fast._loss_rows import EXACT_CODES, STATE, check_ids, with_unit_stride
+from warp_fast._loss_rows import EXACT_CODES, STATE, check_ids, layout, with_unit_stride
 from warp_fast.kernels._rows import (
     FIELDS,
     gradient_kernel,
@@ -30,7 +30,7 @@ _PIECE = 1 << 15  # elements of a program: 8 programs for a row of 256k
 
 
 class Rows(NamedTuple):
-    """What every launch is about: logits [N, V] of policy and anchor, token_ids and kept [N]."""
+    """What every launch is about: logits of policy and anchor, token_ids and kept [N]."""
 
     logits: Tensor
     anchor: Tensor | None
@@ -58,16 +58,25 @@ class Rows(NamedTuple):
         )
 
     @property
-    def pieces(self) -> int:
-        return triton.cdiv(self.logits.shape[1], _PIECE)
+    def shape(self) -> tuple[int, int]:
+        return len(self.token_ids), self.logits.shape[-1]
 
-    def arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[float, float]]:
-        """(tensors, strides, factors inside and outside the tanh) as the kernels take them."""
+    @property
+    def pieces(self) -> int:
+        return triton.cdiv(self.logits.shape[-1], _PIECE)
+
+    def arguments(
+        self, *out: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[float, float]]:
+        """(tensors, run and where rows lie, factors inside and outside the tanh) for the kernels.
+
+        out: matrices of as many rows, whose layout comes after those of policy and anchor.
+        """
         anchor = self.logits if self.anchor is None else self.anchor
         cap = 1.0 if self.softcap is None else self.softcap
         return (
             (self.logits, anchor, self.token_ids, self.kept),
-            (self.logits.stride(0), anchor.stride(0)),
+            _shared_layout(self.logits, anchor, *out),
             (1.0 / cap, cap / self.temperature),
         )
 
@@ -86,6 +95,14 @@ class Rows(NamedTuple):
             # a score must be the same number in every kernel
             "enable_fp_fusion": False,
         }
+
+
+def _shared_layout(*matrices: Tensor) -> tuple[int, ...]:
+    """The run that the matrices share, then stride and jump of each."""
+    layouts = [layout(x) for x in matrices]
+    # in a matrix of two dimensions the jump is 0 and any run will do
+    run = max(run for _, run, _ in layouts)
+    return run, *[number for stride, _, jump in layouts for number in (stride, jump)]
 
 
 class Found(NamedTuple):
@@ -109,22 +126,22 @@ class Found(NamedTuple):
 
 def row_statistics(rows: Rows, out: Found, entropy: bool) -> None:
     """Write the statistics and the state of each kept row, 0 for the others."""
-    count, size = rows.logits.shape
+    count, size = rows.shape
     if not count:
         return
-    tensors, strides, factors = rows.arguments()
+    tensors, places, factors = rows.arguments()
     sums = out.logprobs.new_empty((count, rows.pieces, FIELDS.value))
     constants = rows.constants(out.logprobs.dtype)
     constants |= {"ANCHOR": rows.anchor is not None, "ENTROPY": entropy}
     with on_device(rows.logits):
         sums_kernel[(count * rows.pieces,)](
-            *tensors, sums, *strides, size, *factors, **rows.tiles, **constants
+            *tensors, sums, *places, size, *factors, **rows.tiles, **constants
         )
         row_kernel[(count,)](
             *tensors,
             sums,
             *out,
-            *strides,
+            *places,
             size,
             *factors,
             PADDED=triton.next_power_of_2(rows.pieces),
@@ -134,19 +151,18 @@ def row_statistics(rows: Rows, out: Found, entropy: bool) -> None:
 
 
 def row_gradient(rows: Rows, state: Tensor, upstream: Tensor, out: Tensor) -> None:
-    """Write dlogits to `out` [N, V], which may be the logits themselves; 0 in rows not kept."""
-    count, size = rows.logits.shape
+    """Write dlogits to `out`, which may be the logits themselves; 0 in rows not kept."""
+    count, size = rows.shape
     if not count:
         return
-    tensors, strides, factors = rows.arguments()
+    tensors, places, factors = rows.arguments(out)
     with on_device(rows.logits):
         gradient_kernel[(count * rows.pieces,)](
             upstream,
             *tensors,
             state,
             out,
-            *strides,
-            out.stride(0),
+            *places,
             size,
             *factors,
             CODE=CODE[out.dtype],
@@ -175,7 +191,7 @@ def token_stats_triton(
 
     Traffic: reads each kept row of both once.
     """
-    check_on_host(token_ids, mask, logits.shape[1])
+    check_on_host(token_ids, mask, logits.shape[-1])
     out = Found.empty(logits, len(token_ids), compute_dtype(logits, anchor_logits))
     head = (temperature, softcap, exact_kl)
     row_statistics(Rows.of(logits, anchor_logits, token_ids, mask, head), out, entropy)
@@ -212,11 +228,11 @@ def token_stats_backward_triton(
 
 
 def scale_triton_(values: Tensor, factor: Tensor) -> None:
-    """values [N, V] *= factor, in place, without waiting for the GPU.
+    """values *= factor, rows of them, in place, without waiting for the GPU.
 
     Traffic: none where the factor is 1, else reads and writes the values.
     """
-    count, size = values.shape
+    count, size = values.shape[:-1].numel(), values.shape[-1]
     rows = with_unit_stride(values)
     pieces = triton.cdiv(size, _PIECE)
     if count:
@@ -224,7 +240,7 @@ def scale_triton_(values: Tensor, factor: Tensor) -> None:
             scale_kernel[(count * pieces,)](
                 rows,
                 factor,
-                rows.stride(0),
+                *_shared_layout(rows),
                 size,
                 PIECES=pieces,
                 PIECE=_PIECE,

@@ -167,6 +167,7 @@ LOSSES: list[tuple[str, str | None, str, bool, int]] = [
 
 def loss_variants(kernels: Any) -> Iterator[Variant]:
     """The three kernels of each, with entropy but for the default loss; the scaling."""
+    places = [f"{of}{what}" for of in ("", "anchor_", "out_") for what in ("stride", "jump")]
     for logits, anchor, exact, softcap, size in LOSSES:
         entropy = anchor is None or bool(exact)
         fine = "fp64" if logits == "fp64" else "fp32"
@@ -176,7 +177,7 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
         types = {**matrices, "out": f"*{out}", "token_ids": "*i64", "kept": "*u8", "state": "*fp64"}
         types |= dict.fromkeys(("sums", "upstream", "logprobs", "entropies"), f"*{fine}")
         types |= dict.fromkeys(("anchor_logprobs", "kls"), f"*{fine}")
-        types |= dict.fromkeys(("stride", "anchor_stride", "out_stride", "size"), "i32")
+        types |= dict.fromkeys((*places, "run", "size"), "i32")
         types |= {"inner": "fp64", "outer": "fp64"}
         constants: dict[str, int] = {
             "PIECES": -(-size // kernels._PIECE),
@@ -204,9 +205,9 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
                     "num_warps": 1 if kernel == "row_kernel" else kernels._WARPS,
                     "enable_fp_fusion": False,
                 },
-                ("stride", "anchor_stride", "out_stride", "size") if size % 16 == 0 else (),
+                (*places, "size") if size % 16 == 0 else (),
             )
-    types = {"stride": "i32", "size": "i32"}
+    types = dict.fromkeys(("run", "stride", "jump", "size"), "i32")
     for code, bytes_, size in (("bf16", 2, 262144), ("fp32", 4, 262144), ("bf16", 2, 50257)):
         unaligned = size % 16 != 0
         yield Variant(
@@ -220,7 +221,7 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
                 "VECTORS": kernels._VECTORS[bytes_],
             },
             {"num_warps": kernels._WARPS, "enable_fp_fusion": False},
-            () if unaligned else tuple(types),
+            () if unaligned else ("stride", "jump", "size"),
         )
 
 

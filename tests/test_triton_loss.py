@@ -204,7 +204,8 @@ def test_gradient_in_place_of_the_logits() -> None:
     assert torch.equal(logits, expected)
 
 
-def test_elements_past_2_to_the_31(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_elements_past_2_to_the_31(dimensions: int, tmp_path: Path) -> None:
     """Three rows 2^30 elements apart, of which only the first few are ever touched."""
     stride = 2**30 + 8
     if DEVICE == "cpu":
@@ -215,6 +216,8 @@ def test_elements_past_2_to_the_31(tmp_path: Path) -> None:
     far = memory.as_strided((3, 7), (stride, 1))
     (near,), _, ids = problem("logits", 3, 7, BF16)
     far.copy_(near)
+    if dimensions == 3:
+        near, far = near[:, None], far[:, None]
     mask, upstream = some_mask(3) | True, torch.ones(3, 3, device=DEVICE)
     found = forward([far], [far], ids, mask, CAPPED, "")
     for a, b in zip(found, forward([near], [near], ids, mask, CAPPED, ""), strict=True):
@@ -248,6 +251,32 @@ def test_gradient_over_the_logits(kl: str, dtype: torch.dtype) -> None:
         expected = kernels.token_stats_backward_triton(upstream, *arguments)
         kernels.token_stats_backward_triton(upstream, *arguments, out=logits)
         assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+def test_batches_apart(dtype: torch.dtype) -> None:
+    """A slice in time, beside an anchor that is whole or has time before the batch."""
+    (wide,), (anchor,), ids = problem("logits", 8, 70, dtype)
+    logits, whole = wide.view(2, 4, 70)[:, :-1], anchor[2:].view(2, 3, 70)
+    early = whole.transpose(0, 1).contiguous().transpose(0, 1)
+    ids, mask = ids[2:], some_mask(6)
+    fine = FP64 if dtype == FP64 else FP32
+    upstream = torch.randn(6, 3, dtype=fine, device=DEVICE) * mask[:, None]
+    even = [x.reshape(6, 70) for x in (logits, whole)]
+    expected = forward(even[:1], even[1:], ids, mask, CAPPED, "reverse")
+    gradient = backward(even[:1], even[1:], upstream, ids, CAPPED, "reverse")[0].view(2, 3, 70)
+    for other in (whole, even[1], early):
+        found = forward([logits], [other], ids, mask, CAPPED, "reverse")
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+        again = backward([logits], [other], upstream, ids, CAPPED, "reverse")[0]
+        assert torch.equal(again, gradient)
+    last = wide.view(2, 4, 70)[:, -1].clone()
+    arguments = (upstream, logits, ids, early, *CAPPED, "reverse")
+    kernels.token_stats_backward_triton(*arguments, out=logits)
+    assert torch.equal(logits, gradient)
+    kernels.scale_triton_(logits, torch.tensor(0.5, dtype=fine, device=DEVICE))
+    assert torch.equal(logits, gradient * 0.5) and torch.equal(wide.view(2, 4, 70)[:, -1], last)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from warp_fast import _loss_ops, _stats_ops
 from warp_fast._loss_checks import Terms
+from warp_fast._loss_rows import rows_of
 from warp_fast._objective import (
     Rows,
     exact_kl_of,
@@ -21,7 +22,7 @@ from warp_fast.reference.loss import Stats, compute_dtype
 
 
 def matrix_of(logits: Tensor, anchor: Tensor | None) -> Tensor:
-    """[N, V] of the memory of the logits; ValueError or TypeError where that cannot be written."""
+    """The rows of the logits where they are; ValueError or TypeError if they cannot be written."""
     base = None if torch.compiler.is_compiling() else logits._base
     if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
@@ -33,26 +34,34 @@ def matrix_of(logits: Tensor, anchor: Tensor | None) -> Tensor:
             "in_place rounds the gradient before a GradScaler can scale it, which float16 has no "
             "digits for; pass bfloat16 or float32 logits, or leave in_place out"
         )
-    matrix = _rows_of(logits)
-    if matrix is None:
+    matrix = rows_of(logits.detach())
+    if not _apart(matrix):
         raise ValueError(
-            "in_place needs logits whose rows lie evenly, one after the other, in memory; got "
-            f"shape {tuple(logits.shape)} and strides {logits.stride()}; mask tokens rather than "
-            "slice them off, or leave in_place out"
+            "in_place needs logits whose rows are contiguous and share no memory; got shape "
+            f"{tuple(logits.shape)} and strides {logits.stride()}; leave in_place out"
         )
     if not torch.compiler.is_compiling():
         refuse_overlap([matrix], [] if anchor is None else [anchor], same=False)
     return matrix
 
 
-def _rows_of(logits: Tensor) -> Tensor | None:
-    """[N, V] without a copy, if there is one in which no row meets another."""
-    try:
-        rows = logits.detach().view(-1, logits.shape[-1])
-    except RuntimeError:
-        return None
-    (count, size), (across, along) = rows.shape, rows.stride()
-    return rows if (size == 1 or along == 1) and (count <= 1 or across >= size) else None
+def _apart(rows: Tensor) -> bool:
+    """Whether each row is contiguous and meets no other."""
+    *counts, size = rows.shape
+    *steps, along = rows.stride()
+    outward = list(zip(counts, steps, strict=True))[::-1]
+    # time inside the batch, or the batch inside time
+    nested = _steps_over(size, outward) or _steps_over(size, outward[::-1])
+    return nested and (size == 1 or along == 1)
+
+
+def _steps_over(reach: int, dimensions: list[tuple[int, int]]) -> bool:
+    """Whether each dimension, (count, step), steps over all that those before it reach."""
+    for count, step in dimensions:
+        if count > 1 and step < reach:
+            return False
+        reach += step * (count - 1)
+    return True
 
 
 def loss_in_place(

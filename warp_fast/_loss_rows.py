@@ -1,16 +1,43 @@
-"""What the backends of the losses agree on about rows of logits."""
+"""What the backends of the losses agree on about rows of logits.
+
+Rows are [N, V], or [B, T, V] where their batches do not follow one another evenly, as in a slice in
+time: copying them would cost more than the op.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 STATE = 8  # columns of what a kernel knows of a row after the forward pass (csrc/cpu.h, rows.cuh)
 EXACT_CODES = {"": 0, "reverse": 1, "forward": 2}  # csrc/loss.h
 
 
+def rows_of(logits: Tensor) -> Tensor:
+    """[..., V] as rows, without a copy where three dimensions do."""
+    if logits.dim() == 3 and logits.stride(0) != logits.shape[1] * logits.stride(1):
+        return logits
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def layout(rows: Tensor) -> tuple[int, int, int]:
+    """(stride, run, jump): row n begins n * stride + n // run * jump elements after the first."""
+    stride = rows.stride(-2)
+    if rows.dim() == 2:
+        return stride, 1, 0
+    run = rows.shape[1]
+    return stride, max(run, 1), rows.stride(0) - run * stride
+
+
+def place_of(rows: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    """Where the rows of these numbers are in their tensor."""
+    place: tuple[Tensor, ...] = torch.unravel_index(index, rows.shape[:-1])
+    return place
+
+
 def with_unit_stride(rows: Tensor) -> Tensor:
     """The same rows, each contiguous."""
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def check_ids(token_ids: Tensor, rows: Tensor, vocabulary: int) -> None:

@@ -45,7 +45,7 @@ def _fake_stats(state: int) -> Kernel:
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
-        rows, dtype = tensors[0].shape[0], reference_loss.compute_dtype(*tensors)
+        rows, dtype = tensors[0].shape[:-1].numel(), reference_loss.compute_dtype(*tensors)
         found = [tensors[0].new_empty(rows, dtype=dtype) for _ in range(4)]
         return *found, tensors[0].new_empty((rows, state), dtype=torch.float64)
 
@@ -91,7 +91,8 @@ def _stateless(forward: Kernel) -> Kernel:
     """The forward op of a backend whose gradient needs the inputs alone."""
 
     def run(first: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        return *forward(first, *rest), first.new_empty((len(first), 0), dtype=torch.float64)
+        state = first.new_empty((first.shape[:-1].numel(), 0), dtype=torch.float64)
+        return *forward(first, *rest), state
 
     return run
 

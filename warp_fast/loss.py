@@ -11,6 +11,7 @@ from warp_fast import _loss_checks as checks
 from warp_fast import _loss_ops, _stats_ops
 from warp_fast._backend import resolve
 from warp_fast._in_place import loss_in_place
+from warp_fast._loss_rows import rows_of
 from warp_fast._objective import (
     Rows,
     divergence,
@@ -70,16 +71,16 @@ def token_logprobs(
         ValueError: shapes, devices or values do not fit; an id outside the vocabulary names its
             row. TypeError: dtypes do not fit.
 
-    Traffic: reads the logits once (2 bytes per bf16 logit); the gradient reads them again and
-        writes as much. A slice in T of padded logits (logits[:, :-1]) is copied first: slice hidden
-        states instead, or mask the last token.
+    Traffic: reads the logits once (2 bytes per bf16 logit), of a slice such as logits[:, :-1] where
+        they are; the gradient reads them again and writes as much. The gradient of a slice autograd
+        copies into zeros of the whole: slice hidden states instead, or mask the last token.
     Numerics: fp32 throughout, max subtracted. Gradients flow to logits.
     """
     checks.head(temperature, softcap)
     checks.rows(logits, "logits")
     checks.token_ids(token_ids, logits.shape[:-1], logits.device, "logits")
     op = _stats_ops.TOKEN_STATS[resolve("loss", backend, logits.device)]
-    rows, ids = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1).long()
+    rows, ids = rows_of(logits), token_ids.reshape(-1).long()
     everything = torch.ones_like(ids, dtype=torch.bool)
     stats = op(rows, ids, everything, None, temperature, softcap, "", return_entropy)
     return _shaped(Stats(*stats[:4]), token_ids.shape, return_entropy)
@@ -190,14 +191,14 @@ def warp_loss(
         ValueError: shapes, devices or values do not fit; where the mask is set, NaN advantages,
             log-probs of NaN or inf, ids outside the vocabulary (not looked for on GPUs, which
             would wait for it). TypeError: dtypes do not fit. kl="k1" is refused: its gradient is
-            zero in expectation. in_place is for logits that lie evenly, are no leaf nor a view of
-            one, share nothing with the anchor's and are not fp16.
+            zero in expectation. in_place is for logits whose rows are contiguous and apart, that
+            are no leaf nor a view of one, share nothing with the anchor's and are not fp16.
 
     Traffic: reads policy and anchor logits once, the gradient reads the policy (for exact KL the
-        anchor too) and writes as much. In place the backward pass costs nothing if what it is given
-        is 1 (so divide by `normalizer`, not the loss), else a read and a write; and backend "cuda"
-        takes one pass for both, 6 bytes per bf16 logit, if kl is "reverse", "forward" or "none"
-        and there are no old_logprobs.
+        anchor too) and writes as much; slices as in `token_logprobs`. In place the backward pass
+        costs nothing if what it is given is 1 (so divide by `normalizer`, not the loss), else a
+        read and a write; and backend "cuda" takes one pass for both, 6 bytes per bf16 logit, if kl
+        is "reverse", "forward" or "none" and there are no old_logprobs.
     Numerics: fp32; log-probs never positive. Gradients flow to logits alone, unless in place also
         through the returned per-token values; an all-masked batch gives 0 and zero gradients.
     """
@@ -212,7 +213,7 @@ def warp_loss(
     )  # fmt: skip
     checks.normalizer(normalizer)
     backend = resolve("loss", backend, logits.device)
-    anchor = None if anchor_logits is None else anchor_logits.detach().flatten(0, -2)
+    anchor = None if anchor_logits is None else rows_of(anchor_logits.detach())
     if in_place and logits.requires_grad and torch.is_grad_enabled():
         head = (temperature, softcap)
         loss, found = loss_in_place(
@@ -220,7 +221,7 @@ def warp_loss(
         )
         return _in_shape(rows, loss, found, terms, return_entropy)
     stats = _stats_ops.TOKEN_STATS[backend](
-        logits.reshape(-1, logits.shape[-1]),
+        rows_of(logits),
         rows.token_ids,
         rows.mask,
         anchor,

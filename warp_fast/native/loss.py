@@ -11,13 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from warp_fast._loss_rows import EXACT_CODES, STATE, check_ids, with_unit_stride
+from warp_fast._loss_rows import (
+    EXACT_CODES,
+    STATE,
+    check_ids,
+    layout,
+    place_of,
+    with_unit_stride,
+)
 from warp_fast.kernels._table import CODE, copied_back
 from warp_fast.native._addresses import extension
 from warp_fast.native._state import by_row, coefficients_of, new_state
 from warp_fast.reference import loss as reference
 
-Matrix = tuple[int, int, int]
+Matrix = tuple[int, int, int, int, int]
+NO_MATRIX: Matrix = (0, 0, 1, 0, CODE[torch.float32])
 
 
 def token_stats_cpp(
@@ -40,7 +48,7 @@ def token_stats_cpp(
         )
         return *wide, wide[0].new_zeros(len(token_ids), STATE)
     rows = mask.nonzero()[:, 0]
-    check_ids(token_ids, rows, logits.shape[1])
+    check_ids(token_ids, rows, logits.shape[-1])
     head = Head(temperature, softcap, exact_kl)
     state = new_state(rows)
     anchor = None if anchor_logits is None else with_unit_stride(anchor_logits)
@@ -83,7 +91,7 @@ def token_stats_backward_cpp(
         written,
         index=rows,
     )
-    written.index_fill_(0, (~used).nonzero()[:, 0], 0)
+    written[place_of(written, (~used).nonzero()[:, 0])] = 0
     copied_back([dlogits], [written])
     return dlogits
 
@@ -140,11 +148,11 @@ class Head:
     ) -> tuple[Matrix | int | float, ...]:
         return (
             matrix(logits),
-            (0, 0, CODE[torch.float32]) if anchor is None else matrix(anchor),
+            NO_MATRIX if anchor is None else matrix(anchor),
             0 if index is None else index.data_ptr(),
             token_ids.data_ptr(),
             len(token_ids),
-            logits.shape[1],
+            logits.shape[-1],
             first,
             self.softcap or 0.0,
             self.temperature,
@@ -153,4 +161,4 @@ class Head:
 
 
 def matrix(rows: Tensor) -> Matrix:
-    return rows.data_ptr(), rows.stride(0), CODE[rows.dtype]
+    return rows.data_ptr(), *layout(rows), CODE[rows.dtype]

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from warp_fast._loss_rows import EXACT_CODES, STATE, with_unit_stride
-from warp_fast.kernels._table import CODE, copied_back, on_device
+from warp_fast.kernels._table import copied_back, on_device
 from warp_fast.native._addresses import addresses, extension
-from warp_fast.native.loss import matrix
+from warp_fast.native.loss import NO_MATRIX, matrix
 from warp_fast.reference import loss as reference
-
-_NO_MATRIX = (0, 0, CODE[torch.float32])
 
 
 def token_stats_cuda(
@@ -133,15 +131,17 @@ def scale_cuda_(values: Tensor, factor: Tensor) -> None:
     if torch.float64 in (values.dtype, factor.dtype):
         return reference.scale_reference_(values, factor)
     rows = with_unit_stride(values)
+    shape = rows.shape[:-1].numel(), rows.shape[-1]
     with on_device(values):
-        extension().loss_scale_cuda(matrix(rows), *rows.shape, factor.data_ptr(), _stream())
+        extension().loss_scale_cuda(matrix(rows), *shape, factor.data_ptr(), _stream())
     copied_back([values], [rows])
 
 
 def _new_stats(logits: Tensor) -> list[Tensor]:
     """The four of `Stats` and the state."""
-    found = [logits.new_empty(len(logits), dtype=torch.float32) for _ in range(4)]
-    return [*found, logits.new_empty((len(logits), STATE), dtype=torch.float64)]
+    count = logits.shape[:-1].numel()
+    found = [logits.new_empty(count, dtype=torch.float32) for _ in range(4)]
+    return [*found, logits.new_empty((count, STATE), dtype=torch.float64)]
 
 
 def _bytes(mask: Tensor) -> Tensor:
@@ -164,9 +164,10 @@ class _Rows:
         self.anchor = None if anchor is None else with_unit_stride(anchor)
         self.arguments: tuple[Any, ...] = (
             matrix(self.logits),
-            _NO_MATRIX if self.anchor is None else matrix(self.anchor),
+            NO_MATRIX if self.anchor is None else matrix(self.anchor),
             self.token_ids.data_ptr(),
-            *logits.shape,
+            len(token_ids),
+            logits.shape[-1],
             softcap or 0.0,
             temperature,
             0 if anchor is None else EXACT_CODES[exact_kl],

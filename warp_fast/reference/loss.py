@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from warp_fast._loss_rows import check_ids
+from warp_fast._loss_rows import check_ids, place_of
 
 _CHUNK = 1 << 24  # logits alive at a time: 64 MiB in fp32
 
@@ -106,19 +106,21 @@ def token_stats_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Statistics of rows of logits.
 
-    Shapes: logits, anchor_logits [N, V]; token_ids, mask [N]. exact_kl is "reverse", "forward" or
-    "". Returns Stats of [N].
+    Shapes: logits, anchor_logits [N, V], or [B, T, V] of N = B T rows; token_ids, mask [N].
+    exact_kl is "reverse", "forward" or "". Returns Stats of [N].
     Traffic: reads each kept row of both.
     """
     dtype = compute_dtype(logits, anchor_logits)
     found = [torch.zeros(len(token_ids), dtype=dtype, device=logits.device) for _ in range(4)]
     rows = mask.nonzero()[:, 0]
-    check_ids(token_ids, rows, logits.shape[1])
-    for piece in _pieces(rows, logits.shape[1]):
-        logp = scores(logits[piece].to(dtype), temperature, softcap).log_softmax(-1)
+    check_ids(token_ids, rows, logits.shape[-1])
+    for piece in _pieces(rows, logits.shape[-1]):
+        z = logits[place_of(logits, piece)]
+        logp = scores(z.to(dtype), temperature, softcap).log_softmax(-1)
         logq = None
         if anchor_logits is not None:
-            logq = scores(anchor_logits[piece].to(dtype), temperature, softcap).log_softmax(-1)
+            w = anchor_logits[place_of(anchor_logits, piece)]
+            logq = scores(w.to(dtype), temperature, softcap).log_softmax(-1)
         for out, part in zip(
             found, _row_stats(logp, token_ids[piece], logq, exact_kl, entropy), strict=True
         ):
@@ -137,23 +139,24 @@ def token_stats_backward_reference(
     state: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dlogits [N, V] from upstream [N, 3]; a row whose upstream is 0 gets exactly 0.
+    """dlogits, like logits, from upstream [N, 3]; a row whose upstream is 0 gets exactly 0.
 
     state: of other backends; the inputs are enough here.
     out: what to write them to, which may be the logits; None makes a tensor.
     """
     dlogits = torch.empty_like(logits) if out is None else out
     live = upstream.any(1)
-    for piece in _pieces(live.nonzero()[:, 0], logits.shape[1]):
-        z = logits[piece].to(upstream.dtype)
+    for piece in _pieces(live.nonzero()[:, 0], logits.shape[-1]):
+        place = place_of(logits, piece)
+        z = logits[place].to(upstream.dtype)
         logp = scores(z, temperature, softcap).log_softmax(-1)
         logq = None
         if anchor_logits is not None and exact_kl:
-            v = anchor_logits[piece].to(upstream.dtype)
-            logq = scores(v, temperature, softcap).log_softmax(-1)
+            w = anchor_logits[place_of(anchor_logits, piece)].to(upstream.dtype)
+            logq = scores(w, temperature, softcap).log_softmax(-1)
         du = _row_gradient(logp, token_ids[piece], logq, exact_kl, upstream[piece])
-        dlogits[piece] = _through_head(du, z, temperature, softcap).to(logits.dtype)
-    dlogits.index_fill_(0, (~live).nonzero()[:, 0], 0)
+        dlogits[place] = _through_head(du, z, temperature, softcap).to(logits.dtype)
+    dlogits[place_of(dlogits, (~live).nonzero()[:, 0])] = 0
     return dlogits
 
 
