@@ -15,7 +15,7 @@ from warp_fast._backend import MISSING, SERVED
 # triton has its own files: on CPU tensors it runs in an interpreter
 EMA = [n for n in SERVED["ema"]["cpu"] if n != "triton" and MISSING[n] is None]
 SLERP = [n for n in SERVED["slerp"]["cpu"] if n != "triton" and MISSING[n] is None]
-BF16, FP64 = torch.bfloat16, torch.float64
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 SIZES = (3, 0, 17)
 STORAGES = ("fp32", "split", "stochastic")
 
@@ -200,3 +200,27 @@ def test_merge_in_place_refuses_what_is_read_later(case: str) -> None:
         out = init
     with pytest.raises(ValueError, match=OVERLAP):
         slerp(init, policies, out=out)
+
+
+@pytest.mark.parametrize("backend", EMA)
+@pytest.mark.parametrize("storage", ["fp32", "split"])
+def test_autograd_learns_of_an_update(backend: str, storage: str) -> None:
+    """A graph that saved the average is refused its backward pass, as after any in-place op."""
+    x = torch.randn(4, requires_grad=True)
+    average = torch.randn(4, dtype=FP32 if storage == "fp32" else BF16).requires_grad_()
+    residual = None if storage == "fp32" else torch.zeros(4, dtype=torch.int16)
+    saved = (x * average).sum()
+    assert ema_update_(average, x, 0.5, residual=residual, backend=backend) is average
+    assert average.is_leaf and average.requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("backend", SLERP)
+def test_autograd_learns_of_a_merge_in_place(backend: str) -> None:
+    init, one, two = torch.randn(3, 8)
+    x = torch.randn(8, requires_grad=True)
+    saved = (x * init).sum()
+    slerp(init, [one, two], out=init, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from warp_fast._backend import TRITON_DEVICE
 from warp_fast._define import Kernel, define, no_result, triton
@@ -34,6 +35,7 @@ def _checked_ema(kernel: Kernel) -> Kernel:
     def run(ema: list[Tensor], params: list[Tensor], residual: list[Tensor], *rest: Any) -> None:
         refuse_overlap([*ema, *residual], params, same=False)
         kernel(ema, params, residual, *rest)
+        increment_version([*ema, *residual])
 
     return run
 
@@ -83,6 +85,7 @@ def _checked_apply(kernel: Kernel) -> Kernel:
     def run(out: list[Tensor], init: list[Tensor], policies: list[Tensor], *rest: Any) -> None:
         refuse_overlap(out, [*init, *policies], same=len(out) == len(init))
         kernel(out, init, policies, *rest)
+        increment_version(out)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -12,12 +13,11 @@ from torch import Tensor
 
 def byte_range(tensor: Tensor) -> tuple[int, int]:
     """First and one-past-last byte address that the tensor spans."""
-    if tensor.numel() == 0:
-        return 0, 0
-    if tensor.is_contiguous():
-        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():  # as is one without elements
+        return start, start + tensor.nbytes
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return start, start + (last + 1) * tensor.element_size()
 
 
 def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: bool) -> None:
@@ -25,7 +25,11 @@ def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: b
 
     same: allow read[i] to occupy exactly the bytes of written[i] (elementwise in-place).
     """
-    # (start, stop, whether written, position, dtype); called for every update, so plain tuples
+    # called for every update: mostly nothing touches anything
+    spans = sorted([byte_range(tensor) for tensor in (*written, *read)])
+    if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
+        return
+    # (start, stop, whether written, position, dtype)
     ranges = [(*byte_range(t), True, i, t.dtype) for i, t in enumerate(written)]
     ranges += [(*byte_range(t), False, i, t.dtype) for i, t in enumerate(read)]
     ranges.sort(key=_START)

@@ -49,10 +49,11 @@ def gatherers(module: nn.Module) -> list[Any]:
 def check_layout(name: str, tensor: Tensor, like: Tensor) -> None:
     """Refuse what cannot be combined shard by shard with `like`, or has no value on any rank."""
     sharded: tuple[Any, Any] = (tensor, like)
-    if is_sharded(tensor) != is_sharded(like):
-        raise ValueError(f"{name} must be sharded like its partner; one is a DTensor, one is not")
-    if not is_sharded(tensor):
+    there, of_like = is_sharded(tensor), is_sharded(like)
+    if not (there or of_like):
         return
+    if there != of_like:
+        raise ValueError(f"{name} must be sharded like its partner; one is a DTensor, one is not")
     placements, expected = (s.placements for s in sharded)
     if sharded[0].device_mesh != sharded[1].device_mesh or placements != expected:
         raise ValueError(f"{name} must have placements {expected}; got {placements}")

@@ -69,13 +69,13 @@ def ema_update_(
         end += average.numel()
     op = _ops.EMA_UPDATE[resolve("ema", backend, averages[0].device)]
     shards = [[_sharded.local(x) for x in tensors] for tensors in (averages, values, remainders)]
-    op(*shards, number, device_rate, stochastic, seed, step, first_index)
+    with torch.no_grad():
+        op(*shards, number, device_rate, stochastic, seed, step, first_index)
     return ema
 
 
 def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    return [tensor.detach() for tensor in found]
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
 def _checked_rate(rate: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
@@ -99,15 +99,16 @@ def _check(
     if len(ema) != len(params) or (split and len(residual) != len(ema)):
         counts = f"{len(ema)} ema, {len(params)} params" + f", {len(residual)} residual" * split
         raise ValueError(f"there must be as many params (and residual) as ema; got {counts}")
-    for i, (average, value) in enumerate(zip(ema, params, strict=True)):
-        others = [("params", value)] + ([("residual", residual[i])] if split else [])
-        for name, other in others:
+    partners = [("params", params)] + ([("residual", residual)] if split else [])
+    for name, others in partners:
+        for i, (average, other) in enumerate(zip(ema, others, strict=True)):
             if other.shape != average.shape or other.device != ema[0].device:
                 raise ValueError(
                     f"{name}[{i}] must be {tuple(average.shape)} on {ema[0].device} like ema; "
                     f"got {tuple(other.shape)} on {other.device}"
                 )
             _sharded.check_layout(f"{name}[{i}]", other, average)
+    for i, (average, value) in enumerate(zip(ema, params, strict=True)):
         if average.device != ema[0].device:
             raise ValueError(f"ema[{i}] must be on {ema[0].device}; got {average.device}")
         _check_dtypes(i, average, value, residual[i] if split else None, stochastic)
