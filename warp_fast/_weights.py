@@ -34,7 +34,7 @@ class Layout:
         if self.ranges is not None:
             return [weights[start:stop] for start, stop in self.ranges]
         if self.keys is not None:
-            return [weights[key].detach() for key in self.keys]
+            return [weights[key] for key in self.keys]
         return [weights] if isinstance(weights, Tensor) else list(weights)
 
 
@@ -122,7 +122,7 @@ def matched(
                     f"{role} {m}, {where}: must be floating, of 16 bits or more; "
                     f"got {a.dtype}, {b.dtype}"
                 )
-        result += [tensor.detach() for tensor in theirs]
+        result += theirs
     return result
 
 
@@ -162,4 +162,4 @@ def copy_gaps(layout: Layout, init: Any, result: Any) -> None:
     ends = [0, *(stop for _, stop in layout.ranges)]
     starts = [*(start for start, _ in layout.ranges), init.numel()]
     for end, start in zip(ends, starts, strict=True):
-        result.detach()[end:start].copy_(init.detach()[end:start])
+        result[end:start].copy_(init[end:start])

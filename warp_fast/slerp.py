@@ -30,6 +30,7 @@ class SlerpReport(TaskVectors):
         return self._angles()
 
 
+@torch.no_grad()
 def gram(
     init: Weights, policies: Sequence[Weights], *, segments: Any = None, backend: str = "auto"
 ) -> Tensor:
@@ -55,7 +56,7 @@ def _gram(
 ) -> Tensor:
     op = _ops.GRAM[resolve("slerp", backend, init[0].device)]
     mesh = _sharded.common_mesh(init)
-    counted, ends = ([_counted(x.detach(), mesh) for x in tensors] for tensors in (init, policies))
+    counted, ends = ([_counted(x, mesh) for x in tensors] for tensors in (init, policies))
     result: Tensor = op(counted, ends, layout.segment, len(layout.names))
     _sharded.sum_over_ranks_(result, mesh)
     return result
@@ -159,6 +160,7 @@ def lerp(
     return _merge("lerp", init, policies, segments, eta, out, return_report, backend)
 
 
+@torch.no_grad()
 def _merge(
     method: Literal["slerp", "lerp"],
     init: Weights,
@@ -171,7 +173,7 @@ def _merge(
 ) -> Any:
     layout = _weights.layout_of(init, segments)
     ends = _weights.matched(layout, init, policies)
-    starts = [tensor.detach() for tensor in layout.tensors(init)]
+    starts = layout.tensors(init)
     etas = _finite_etas(eta)
     runs = len(policies)
     report = None
@@ -186,7 +188,7 @@ def _merge(
         report = SlerpReport(layout.names, products, coefficients)
     results = _outputs(layout, init, out, len(etas), isinstance(eta, Sequence))
     rows = torch.tensor(etas, dtype=torch.float64).view(-1, 1, 1) * coefficients.cpu()
-    written = [tensor.detach() for result in results for tensor in layout.tensors(result)]
+    written = [tensor for result in results for tensor in layout.tensors(result)]
     op = _ops.SLERP_APPLY[resolve("slerp", backend, starts[0].device)]
     shards = [[_sharded.local(x) for x in tensors] for tensors in (written, starts, ends)]
     op(*shards, rows, layout.segment)
