@@ -27,10 +27,12 @@ WARP_FAST_INLINE void put(Block& block, int64_t j, f32x8 value) {
     std::memcpy(block.x + j, &value, sizeof(value));
 }
 
-// within 2 ulp from the smallest subnormal number to infinity; NaN stays
-WARP_FAST_INLINE f32x8 exponential(f32x8 x) {
-    x = x < all(-104) ? all(-104) : x;
-    x = x > all(89) ? all(89) : x;
+// exp(x) = 2^n (1 + p): what both functions below are made of
+struct Split {
+    f32x8 p, power;
+};
+
+WARP_FAST_INLINE Split split(f32x8 x) {
     const f32x8 rounder = all(0x1.8p23f);
     const f32x8 shifted = x * 0x1.715476p0f + rounder;
     const f32x8 n = shifted - rounder;
@@ -41,25 +43,26 @@ WARP_FAST_INLINE f32x8 exponential(f32x8 x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = (p * (r * r) + r) + 1.0f;
-    // two powers of two, since one alone would overflow where the product is subnormal
-    const i32x8 k = bit_cast<i32x8>(shifted) - bit_cast<i32x8>(rounder);
-    const i32x8 half = k >> 1;
-    return p * bit_cast<f32x8>((half + 127) << 23) * bit_cast<f32x8>((k - half + 127) << 23);
+    // the low bits of what is shifted are n: they move to where the exponent is
+    const f32x8 power = bit_cast<f32x8>((bit_cast<u32x8>(shifted) << 23) + (127u << 23));
+    return {p * (r * r) + r, power};
 }
 
-// within 2 ulp; exactly 1 from 9.1 on
+// within 2 ulp for x from -87 to 88, 0 below; NaN stays
+WARP_FAST_INLINE f32x8 exponential(f32x8 x) {
+    const Split of = split(x);
+    const f32x8 e = of.power * of.p + of.power;
+    return x < all(-87) ? all(0) : e;
+}
+
+// within 3 ulp; exactly 1 from 9.1 on
 WARP_FAST_INLINE f32x8 tangent(f32x8 x) {
     const u32x8 sign = bit_cast<u32x8>(x) & 0x80000000u;
     const f32x8 size = bit_cast<f32x8>(bit_cast<u32x8>(x) ^ sign);
-    const f32x8 large = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
-    const f32x8 s = x * x;
-    f32x8 p = s * -5.70498872745e-3f + 2.06390887954e-2f;
-    p = p * s - 5.37397155531e-2f;
-    p = p * s + 1.33314422036e-1f;
-    p = p * s - 3.33332819422e-1f;
-    const f32x8 small = p * s * x + x;
-    return size < all(0.625f) ? small : bit_cast<f32x8>(bit_cast<u32x8>(large) | sign);
+    // of expm1(2 |x|), which keeps the digits of a small x
+    const Split of = split(2.0f * (size > all(9.1f) ? all(9.1f) : size));
+    const f32x8 t = of.power * of.p + (of.power - 1.0f);
+    return bit_cast<f32x8>(bit_cast<u32x8>(t / (t + 2.0f)) | sign);
 }
 
 WARP_FAST_INLINE float sum8(f32x8 v) {
