@@ -307,14 +307,24 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// a row of the matrix for each block; one read of the factor where it is 1
-__global__ void scale_kernel(const LossMatrix matrix, int64_t width, const float* factor) {
+// a slice of a row for each block; one read of the factor where it is 1
+template <bool WIDE>
+__global__ void __launch_bounds__(kThreads, 4)
+    scale_kernel(const LossMatrix matrix, int64_t width, const Slices slices, const float* factor) {
     const float by = *factor;
     if (by == 1) return;
-    char* row = row_begin(matrix, blockIdx.x);
-    for (int64_t j = threadIdx.x; j < width; j += blockDim.x) {
-        const float x = static_cast<float>(load_any(row, j, matrix.code)) * by;
-        store_any(row, j, matrix.code, x);
+    const Line row = line_of(matrix, blockIdx.x / slices.parts, width);
+    const int64_t begin = blockIdx.x % slices.parts * slices.vectors * kVector;
+    const int64_t after = begin + slices.vectors * kVector, end = after < width ? after : width;
+    for (int64_t j = begin + threadIdx.x * kVector; j < end; j += kThreads * kVector) {
+        const int k = static_cast<int>(j / kVector);
+        Raw<WIDE> raw;
+        raw.load(row, k);
+        float x[kVector];
+        raw.get(row.code, x);
+        for (int i = 0; i < kVector; ++i) x[i] *= by;
+        raw.set(row.code, x);
+        raw.store(row, k, end - j < kVector ? static_cast<int>(end - j) : kVector);
     }
 }
 
@@ -436,8 +446,10 @@ void loss_fused_cuda(const LossRows& rows, const uint8_t* kept, const float* ups
 void loss_scale_cuda(const LossMatrix& matrix, int64_t rows, int64_t width, const float* factor,
                      void* stream) {
     if (rows == 0) return;
-    scale_kernel<<<static_cast<unsigned>(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        matrix, width, factor);
+    const Slices slices = slices_of(width, 2, 0);
+    const auto kernel = matrix.code == kFp32 ? scale_kernel<true> : scale_kernel<false>;
+    kernel<<<static_cast<unsigned>(rows * slices.parts), kThreads, 0,
+             static_cast<cudaStream_t>(stream)>>>(matrix, width, slices, factor);
     check(cudaGetLastError(), "launching the scaling of a gradient");
 }
 
