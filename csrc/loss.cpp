@@ -221,30 +221,32 @@ void row_stats(const LossCall& call, int64_t row) {
     }
 }
 
-// du = p (A + B (u - max) + C (u - v)) - Q q, all divided by the temperature
-template <bool ENTROPY, bool ANCHOR>
+// du = p (A + B (u - max) + C (u - v)) - Q q, all divided by the temperature; C is of a reverse KL, Q
+// of a forward one
+template <bool ENTROPY, ExactKl EXACT>
 void block_gradient(const float* c, Block& u, const Block& v, int64_t count) {
-    const bool forward = ANCHOR && c[kAnchorFactor] != 0;
     for (int64_t j = 0; j < count; j += 8) {
         const f32x8 score = at(u, j), d = score - c[kShift], e = exponential(d);
         f32x8 slope = all(c[kFactor]);
         if (ENTROPY) slope += d * c[kMomentFactor];
-        if (ANCHOR) slope += (score - at(v, j)) * c[kCrossFactor];
+        if (EXACT == kReverse) slope += (score - at(v, j)) * c[kCrossFactor];
         f32x8 du = e * slope;
-        if (ENTROPY || ANCHOR) du = e == all(0) ? all(0) : du;
-        if (forward) du -= exponential(at(v, j) - c[kAnchorShift]) * c[kAnchorFactor];
+        if (ENTROPY || EXACT == kReverse) du = e == all(0) ? all(0) : du;
+        if (EXACT == kForward) du -= exponential(at(v, j) - c[kAnchorShift]) * c[kAnchorFactor];
         put(u, j, du);
     }
 }
 
+template <bool ENTROPY>
 void block_gradient(const float* c, Block& u, const Block& v, int64_t count) {
-    const bool anchor = c[kCrossFactor] != 0 || c[kAnchorFactor] != 0;
-    if (c[kMomentFactor] != 0) {
-        return anchor ? block_gradient<true, true>(c, u, v, count)
-                      : block_gradient<true, false>(c, u, v, count);
-    }
-    anchor ? block_gradient<false, true>(c, u, v, count)
-           : block_gradient<false, false>(c, u, v, count);
+    if (c[kCrossFactor] != 0) return block_gradient<ENTROPY, kReverse>(c, u, v, count);
+    if (c[kAnchorFactor] != 0) return block_gradient<ENTROPY, kForward>(c, u, v, count);
+    block_gradient<ENTROPY, kNoKl>(c, u, v, count);
+}
+
+void block_gradient(const float* c, Block& u, const Block& v, int64_t count) {
+    if (c[kMomentFactor] != 0) return block_gradient<true>(c, u, v, count);
+    block_gradient<false>(c, u, v, count);
 }
 
 void row_gradient(const LossCall& call, int64_t row) {

@@ -140,6 +140,23 @@ def test_exact_kl_of_far_apart_rows(scale: float, kl: Any, backend: str) -> None
 
 
 @served
+def test_forward_kl_of_tokens_that_the_anchor_bars(backend: str) -> None:
+    """The policy has them, the anchor at minus infinity: they count nothing in KL(anchor || pi)."""
+    logits, anchor = torch.randn(2, 1, 20, 9).unbind()
+    anchor[..., 5:] = -INF
+    logits.requires_grad_()
+    result = warp_fast.warp_loss(
+        logits, torch.randint(0, 9, (1, 20)), torch.zeros(1), anchor_logits=anchor, kl="forward",
+        beta=1.0, backend=backend,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(result.loss, logits)
+    gold, gold_gradient = plain_kl("forward", logits, anchor, FP64)
+    eager, eager_gradient = plain_kl("forward", logits, anchor, FP32)
+    assert_close("kl", result.kl, gold, eager)
+    assert_close("gradient", gradient, gold_gradient, eager_gradient)
+
+
+@served
 def test_softcap_bounds_extreme_logits(backend: str) -> None:
     logits = torch.tensor([[1e4, -1e4, -INF, INF, 0.0]]).repeat(5, 1).requires_grad_()
     logp = warp_fast.token_logprobs(logits, torch.arange(5), softcap=30.0, backend=backend)

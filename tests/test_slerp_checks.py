@@ -92,6 +92,8 @@ DEGENERATE: dict[str, list[Tensor]] = {
     "parallel": [A, 2 * A],
     "antiparallel": [A, -A],
     "antiparallel, other length": [A, -3 * A],
+    "the first three cancel": [0.1 * A, 0.2 * A, -0.3 * A, A],
+    "cancel beside another": [0.1 * A, 0.2 * A, -0.3 * A, B],
 }
 
 

@@ -49,7 +49,7 @@ def slerp_coefficients_reference(gram: Tensor) -> tuple[Tensor, Tensor]:
     for m in range(1, runs):
         rate = 1.0 / (m + 1)
         dot = (coefficients * gram[:, :, m]).sum(1)
-        norm = torch.einsum("si,sij,sj->s", coefficients, gram, coefficients).clamp(min=0).sqrt()
+        norm = _lengths(coefficients, gram)
         cosine = (dot / (norm * gram[:, m, m].sqrt())).nan_to_num(1.0, 1.0, -1.0).clamp(-1, 1)
         angle = torch.atan2((1 - cosine * cosine).sqrt(), cosine)
         sine = angle.sin()
@@ -60,6 +60,13 @@ def slerp_coefficients_reference(gram: Tensor) -> tuple[Tensor, Tensor]:
         coefficients[:, m] = added
         degenerate[:, m] = flat
     return coefficients, degenerate
+
+
+def _lengths(coefficients: Tensor, gram: Tensor) -> Tensor:
+    """[S] lengths of sum_m c_m delta_m; 0 where so much cancels that rounding is all there is."""
+    terms = coefficients[:, :, None] * gram * coefficients[:, None, :]
+    squares, floor = terms.sum((1, 2)), SIN_FLOOR**2 * terms.abs().sum((1, 2))
+    return torch.where(squares > floor, squares, 0).sqrt()
 
 
 def slerp_apply_reference_(
