@@ -202,6 +202,8 @@ def test_logits_that_cannot_be_written() -> None:
         (ValueError, "share no memory", (leaf * 1).as_strided((B, T, V), (V // 2, V, 1)), None),
         (TypeError, "GradScaler", leaf.half(), None),
     ]
+    for views in ((leaf * 1).chunk(2), torch.split(leaf * 1, 1), (leaf * 1)[None].unbind()):
+        cases.append((ValueError, "one of several views", views[-1], None))
     shared = leaf * 1
     cases.append((ValueError, "share memory", shared, shared.detach()))
     for error, message, logits, anchor in cases:

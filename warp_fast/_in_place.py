@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._autograd import CreationMeta, _get_creation_meta
 
 from warp_fast import _loss_ops, _stats_ops
 from warp_fast._loss_checks import Terms
@@ -23,11 +24,17 @@ from warp_fast.reference.loss import Stats, compute_dtype
 
 def matrix_of(logits: Tensor, anchor: Tensor | None) -> Tensor:
     """The rows of the logits where they are; ValueError or TypeError if they cannot be written."""
+    # a trace knows neither what a view is of nor, for it cannot fail there, how it came about
     base = None if torch.compiler.is_compiling() else logits._base
     if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "in_place writes over the logits; got a leaf that requires a gradient, or a view of "
             "one, which would be lost; leave in_place out"
+        )
+    if base is not None and _get_creation_meta(logits) != CreationMeta.DEFAULT:
+        raise ValueError(
+            "in_place needs logits that autograd lets be written; got one of several views that "
+            "one op made (chunk, split, unbind); slice instead, or leave in_place out"
         )
     if logits.dtype == torch.float16:
         raise TypeError(

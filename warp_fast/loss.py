@@ -192,7 +192,8 @@ def warp_loss(
             log-probs of NaN or inf, ids outside the vocabulary (not looked for on GPUs, which
             would wait for it). TypeError: dtypes do not fit. kl="k1" is refused: its gradient is
             zero in expectation. in_place is for logits whose rows are contiguous and apart, that
-            are no leaf nor a view of one, share nothing with the anchor's and are not fp16.
+            are no leaf nor a view of one (which torch.compile does not see) nor made by chunk,
+            split or unbind, share nothing with the anchor's and are not fp16.
 
     Traffic: reads policy and anchor logits once, the gradient reads the policy (for exact KL the
         anchor too) and writes as much; slices as in `token_logprobs`. In place the backward pass
