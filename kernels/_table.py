@@ -110,9 +110,9 @@ def launches_of(
             rows.append([entry.size, first, payload(entry), *addresses])
             counts.append(entry.blocks)
             first += entry.blocks
-        numbers = torch.arange(len(members), dtype=torch.int32)
-        block_entry = numbers.repeat_interleave(torch.tensor(counts))
-        table = torch.tensor(rows, dtype=torch.int64)
+        numbers = torch.arange(len(members), dtype=torch.int32, device="cpu")
+        block_entry = numbers.repeat_interleave(torch.tensor(counts, device="cpu"))
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
         launches.append(Launch(codes, aligned, table.to(device), block_entry.to(device)))
     return launches
 
@@ -200,7 +200,7 @@ def gram_launches(
     in_segment = [0] * (count + 1)
     for entry in entries:
         in_segment[segment[entry.tensor] + 1] += entry.blocks
-    bounds = torch.tensor(in_segment).cumsum(0)
+    bounds = torch.tensor(in_segment, device="cpu").cumsum(0)
     launches = launches_of(columns, entries, lambda entry: entry.row)
     return launches, bounds.to(columns[0][0].device), int(bounds[-1])
 

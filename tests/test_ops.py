@@ -224,3 +224,36 @@ def test_autograd_learns_of_a_merge_in_place(backend: str) -> None:
     slerp(init, [one, two], out=init, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.backward()
+
+
+@pytest.mark.parametrize("backend", EMA)
+def test_update_refuses_averages_that_overlap_themselves(backend: str) -> None:
+    first = torch.zeros(4)
+    for odd in (torch.zeros(1).expand(4), torch.zeros(10).as_strided((2, 2), (1, 1))):
+        with pytest.raises(ValueError, match="each element in a place of its own"):
+            ema_update_([first, odd], [torch.ones(4), torch.ones(odd.shape)], 0.5, backend=backend)
+        assert not first.any()
+    for even in (torch.zeros(6, 4).T, torch.zeros(4, 6)[::2, ::3], torch.zeros(2, 1, 3)[:, :0]):
+        ema_update_([first, even], [torch.ones(4), torch.ones(even.shape)], 0.0, backend=backend)
+
+
+@pytest.mark.parametrize("backend", SLERP)
+def test_merge_refuses_outputs_that_overlap_themselves(backend: str) -> None:
+    out = [torch.zeros(2), torch.zeros(1).expand(2)]
+    with pytest.raises(ValueError, match="each element in a place of its own"):
+        slerp([torch.zeros(2)] * 2, [[torch.ones(2)] * 2], out=out, backend=backend)
+    assert not out[0].any()
+
+
+def on(device: str) -> Any:
+    """Where tensors are made unless they say otherwise."""
+    return torch.device(device)
+
+
+@pytest.mark.parametrize("function", [slerp, lerp])
+def test_merge_where_tensors_are_made_elsewhere(function: Any) -> None:
+    init, one, two = torch.randn(3, 8)
+    expected = function(init, [one, two], eta=[0.5, 1.0])
+    with on("meta"):
+        found = function(init, [one, two], eta=[0.5, 1.0], return_report=True)[0]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

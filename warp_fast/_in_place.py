@@ -18,7 +18,7 @@ from warp_fast._objective import (
     slopes_ahead,
     with_given_anchor,
 )
-from warp_fast._overlap import refuse_overlap
+from warp_fast._overlap import refuse_overlap, steps_over
 from warp_fast.reference.loss import Stats, compute_dtype
 
 
@@ -56,19 +56,10 @@ def _apart(rows: Tensor) -> bool:
     """Whether each row is contiguous and meets no other."""
     *counts, size = rows.shape
     *steps, along = rows.stride()
-    outward = list(zip(counts, steps, strict=True))[::-1]
     # time inside the batch, or the batch inside time
-    nested = _steps_over(size, outward) or _steps_over(size, outward[::-1])
+    dimensions = list(zip(steps, counts, strict=True))
+    nested = steps_over(size, dimensions[::-1]) or steps_over(size, dimensions)
     return nested and (size == 1 or along == 1)
-
-
-def _steps_over(reach: int, dimensions: list[tuple[int, int]]) -> bool:
-    """Whether each dimension, (count, step), steps over all that those before it reach."""
-    for count, step in dimensions:
-        if count > 1 and step < reach:
-            return False
-        reach += step * (count - 1)
-    return True
 
 
 def loss_in_place(

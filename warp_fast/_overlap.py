@@ -1,10 +1,10 @@
-"""Tensors that an op writes share no bytes with its other arguments."""
+"""Tensors that an op writes share no bytes with its other arguments, nor with themselves."""
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -20,11 +20,33 @@ def byte_range(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: bool) -> None:
-    """Raise ValueError where a written tensor shares bytes with another written or read one.
+def steps_over(reach: int, dimensions: Iterable[tuple[int, int]]) -> bool:
+    """Whether each dimension, (step, count), steps over all that those before it reach."""
+    for step, count in dimensions:
+        if count > 1 and step < reach:
+            return False
+        reach += step * (count - 1)
+    return True
 
+
+def _is_apart(tensor: Tensor) -> bool:
+    """Whether no two of its elements are in one place; False where that is hard to tell."""
+    if tensor.is_contiguous():
+        return True
+    return steps_over(1, sorted(zip(tensor.stride(), tensor.shape, strict=True)))
+
+
+def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: bool) -> None:
+    """Raise ValueError where a written tensor may share bytes with another one or within itself.
+
+    Tensors are taken to be all from their first byte to their last.
     same: allow read[i] to occupy exactly the bytes of written[i] (elementwise in-place).
     """
+    if odd := [tensor for tensor in written if not _is_apart(tensor)]:
+        raise ValueError(
+            "a tensor that is written must have each element in a place of its own; got shape "
+            f"{tuple(odd[0].shape)} and strides {odd[0].stride()}"
+        )
     # called for every update: mostly nothing touches anything
     spans = sorted([byte_range(tensor) for tensor in (*written, *read)])
     if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
@@ -42,9 +64,9 @@ def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: b
         for other in open_ranges:
             if (current[2] or other[2]) and not (same and _in_place(current, other)):
                 raise ValueError(
-                    "a tensor that is written must not share memory with another argument; bytes "
-                    f"{start:#x}..{min(current[1], other[1]):#x} are in two of them (tied weights "
-                    "are passed once)"
+                    "a tensor that is written must not share memory with another argument, nor "
+                    f"interleave with it; bytes {start:#x}..{min(current[1], other[1]):#x} are "
+                    "inside two of them (tied weights are passed once)"
                 )
         open_ranges.append(current)
 

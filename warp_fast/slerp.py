@@ -187,7 +187,8 @@ def _merge(
     if return_report:
         report = SlerpReport(layout.names, products, coefficients)
     results = _outputs(layout, init, out, len(etas), isinstance(eta, Sequence))
-    rows = torch.tensor(etas, dtype=torch.float64).view(-1, 1, 1) * coefficients.cpu()
+    shares = torch.tensor(etas, dtype=torch.float64, device="cpu").view(-1, 1, 1)
+    rows = shares * coefficients.cpu()
     written = [tensor for result in results for tensor in layout.tensors(result)]
     op = _ops.SLERP_APPLY[resolve("slerp", backend, starts[0].device)]
     shards = [[_sharded.local(x) for x in tensors] for tensors in (written, starts, ends)]

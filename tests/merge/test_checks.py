@@ -208,7 +208,8 @@ def test_non_finite_values_are_named(
     ends = [checkpoints.save(f"p{m}", p) for m, p in enumerate(policies)]
     for method in ("slerp", "lerp"):
         with pytest.raises(CheckpointError, match=rf"^{which} .*: model.layers.2.mlp.weight holds"):
-            merge_checkpoints(start, ends, start.parent / "out", method=method, progress=False)
+            output = start.parent / "out" / "deeper" / "merged"
+            merge_checkpoints(start, ends, output, method=method, progress=False)
     assert not [p for p in start.parent.iterdir() if "out" in p.name]
 
 

@@ -200,7 +200,10 @@ def test_other_files_are_carried_over(checkpoints: Any, family: Any) -> None:
     (start / "config.json").write_text(json.dumps(nested))
     carried = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt",
                "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
+               "cl100k.tiktoken", "video_preprocessor_config.json",
                "modeling_ours.py"]  # fmt: skip
+    (start / "additional_chat_templates").mkdir()
+    (start / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     for name in [*carried, "optimizer.pt", "notes.txt"]:
         (start / name).write_text(name)
     output = checkpoints.root / "out"
@@ -212,10 +215,21 @@ def test_other_files_are_carried_over(checkpoints: Any, family: Any) -> None:
         "merge_report.json",
         "merge_angles.png",
     }
-    assert _names(output) == {*carried, *made}
+    assert _names(output) == {*carried, "additional_chat_templates", *made}
+    assert (output / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
     config = json.loads((output / "config.json").read_text())
     assert config["torch_dtype"] == config["text_config"]["dtype"] == "bfloat16"
     assert config["text_config"]["vocab_size"] == 97
+
+
+def test_a_merge_where_tensors_are_made_elsewhere(checkpoints: Any, family: Any) -> None:
+    start, ends = _saved(checkpoints, family)
+    outputs = [checkpoints.root / name for name in ("here", "elsewhere")]
+    merge_checkpoints(start, ends, outputs[0], progress=False)
+    with torch.device("meta"):
+        merge_checkpoints(start, ends, outputs[1], progress=False)
+    merged = [(path / "model.safetensors").read_bytes() for path in outputs]
+    assert merged[0] == merged[1]
 
 
 @pytest.mark.parametrize("runs", [1, 3])

@@ -18,9 +18,10 @@ _CARRIED = (
     "*.model",
     "vocab.*",
     "merges.txt",
+    "*.tiktoken",
     "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
+    "additional_chat_templates",  # a directory
+    "*processor_config.json",
     "*.py",  # the model's own code, which auto_map in its config names
 )
 
@@ -29,7 +30,9 @@ def carry_over(plan: MergePlan, directory: Path) -> None:
     """Copy what belongs to the model from init, with the dtype of the output in its config."""
     for pattern in _CARRIED:
         for path in plan.init.path.glob(pattern):
-            if path.is_file():
+            if path.is_dir():
+                shutil.copytree(path, directory / path.name, copy_function=shutil.copyfile)
+            else:
                 shutil.copyfile(path, directory / path.name)
     if plan.init.config:
         config = with_dtype(plan.init.config, plan.dtype)

@@ -151,7 +151,7 @@ def _report(plan: MergePlan, solution: Solution | None) -> MergeReport:
     """The report, segments in the order of their numbers; of NaN where nothing was computed."""
     names = sorted(plan.segments, key=_natural)
     runs = len(plan.policies)
-    gram = torch.full((len(names), runs, runs), math.nan, dtype=torch.float64)
+    gram = torch.full((len(names), runs, runs), math.nan, dtype=torch.float64, device="cpu")
     coefficients = gram[:, :, 0]
     degenerate: list[str] = []
     if solution is not None:

@@ -60,7 +60,8 @@ class Merger:
         self.steps = list(merge_steps(plan))
         self.segment_of = {n: s for s, names in plan.segments.items() for n in names}
         runs = len(plan.policies)
-        self.grams = {n: torch.zeros(runs, runs, dtype=torch.float64) for n in self.segment_of}
+        nothing = torch.zeros(runs, runs, dtype=torch.float64, device="cpu")
+        self.grams = {name: nothing.clone() for name in self.segment_of}
         sizes = [self._output_bytes(step.tile) for step in self.steps if step.apply]
         # one is filled while the other is written
         self.buffers = [_Buffer(max(sizes, default=1)) for _ in range(2)]
@@ -98,8 +99,8 @@ class Merger:
             coefficients, degenerate = slerp_coefficients_reference(gram)
             return Solution(gram, coefficients, degenerate.any(1))
         runs = gram.shape[1]
-        coefficients = torch.full((len(segments), runs), 1 / runs, dtype=torch.float64)
-        return Solution(gram, coefficients, torch.zeros(len(segments), dtype=torch.bool))
+        coefficients = torch.full_like(gram[:, 0], 1 / runs)
+        return Solution(gram, coefficients, torch.zeros_like(gram[:, 0, 0], dtype=torch.bool))
 
     def _views(self, m: int, tile: list[Piece]) -> list[Tensor]:
         entries = self.plan.inputs[m].entries
@@ -129,7 +130,8 @@ class Merger:
         flat = [tensor for policy in policies for tensor in policy]
         position = {segment: s for s, segment in enumerate(step.group)}
         segment = [position[self.segment_of[piece.name]] for piece in step.tile]
-        rows = torch.tensor(self.plan.etas, dtype=torch.float64).view(-1, 1, 1) * coefficients
+        etas = torch.tensor(self.plan.etas, dtype=torch.float64, device="cpu")
+        rows = etas.view(-1, 1, 1) * coefficients
         buffer = self.buffers[0]
         buffer.wait()
         merged = [

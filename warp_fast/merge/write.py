@@ -24,6 +24,7 @@ def staged(output: Path) -> Iterator[Path]:
     tells that from a merge that is still running.
     """
     final, aside = output.resolve(), aside_of(output)
+    made = [parent for parent in final.parents if not parent.exists()]
     final.parent.mkdir(parents=True, exist_ok=True)
     lock = _locked(aside)
     try:
@@ -35,6 +36,9 @@ def staged(output: Path) -> Iterator[Path]:
             _sync_entries(final.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):  # another merge writes there
+                    parent.rmdir()
             raise
     finally:
         os.close(lock)

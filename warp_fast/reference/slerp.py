@@ -42,9 +42,9 @@ def slerp_coefficients_reference(gram: Tensor) -> tuple[Tensor, Tensor]:
     Shapes: gram [S, M, M] fp64. Returns coefficients [S, M] and the bool [S, M] that marks the
     recursion steps with a zero, parallel or antiparallel pair (they took the linear rule).
     """
-    segments, runs, _ = gram.shape
-    coefficients = torch.zeros(segments, runs, dtype=torch.float64)
-    degenerate = torch.zeros(segments, runs, dtype=torch.bool)
+    runs = gram.shape[1]
+    coefficients = torch.zeros_like(gram[:, 0])
+    degenerate = torch.zeros_like(gram[:, 0], dtype=torch.bool)
     coefficients[:, :1] = 1.0
     for m in range(1, runs):
         rate = 1.0 / (m + 1)
