@@ -68,6 +68,40 @@ def test_a_parameter_that_is_unfrozen_later_is_refused(given: bool) -> None:
     anchor.update()
 
 
+@pytest.mark.parametrize("name", ["embed.weight", "frozen.bias"])
+def test_a_parameter_that_is_another_object_later_is_refused(name: str) -> None:
+    """The anchor would follow, or share, what the policy does not use any more."""
+    policy = Small(torch.float32)
+    anchor = EMAAnchor(policy, 0.5, "fp32")
+    other = {name: torch.ones_like(policy.get_parameter(name))}
+    policy.load_state_dict(other, strict=False)
+    anchor.update()
+    policy.load_state_dict(other, strict=False, assign=True)
+    for call in (anchor.update, anchor.reset_, anchor.swapped().__enter__):
+        with pytest.raises(ValueError, match=rf"other parameters .*\['{name}'\].*assign=True"):
+            call()
+    assert anchor.step == 1
+
+
+def test_a_static_anchor_outlives_a_policy_that_diverged() -> None:
+    policy = Small(torch.float32)
+    anchor = EMAAnchor(policy, 0.0)
+    before = anchor.averaged_state_dict()
+    move(policy, float("nan"))
+    anchor.update()
+    assert all(torch.equal(x, before[name]) for name, x in anchor.averaged_state_dict().items())
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"version": 3}
+
+
+def test_extra_state_is_passed_on() -> None:
+    averaged: Any = EMAAnchor(WithExtraState(2, 2)).averaged_state_dict()
+    assert averaged["_extra_state"] == {"version": 3}
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_ties_stay_tied_frozen_is_shared_buffers_are_copied(storage: Any) -> None:
     policy = Small(torch.float32)
@@ -168,6 +202,9 @@ def test_refuses() -> None:
         EMAAnchor(policy, 1.5)
     with pytest.raises(TypeError, match="float64, which split storage cannot hold"):
         EMAAnchor(Small(torch.float64), 0.1)
+    with pytest.raises(ValueError, match="another module than the policy"):
+        EMAAnchor(policy, 0.1, "fp32", module=policy)
+    assert policy.embed.weight.requires_grad
     anchor = EMAAnchor(policy, 0.1)
     with pytest.raises(ValueError, match="storage must be 'split'; the state has 'fp32'"):
         anchor.load_state_dict(EMAAnchor(policy, 0.1, "fp32").state_dict())

@@ -130,6 +130,12 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         for clip in (-0.1, 1.5, math.nan, (0.1, math.inf), (0.1, 0.1, 0.1))
     ],
     ("logits", {"normalizer": torch.ones(1)}, ValueError, r"normalizer must be 0-dim; got \(1,\)"),
+    ("logits", {"normalizer": torch.tensor(0.0)}, ValueError, "positive and finite; got 0.0"),
+    ("logits", {"normalizer": torch.tensor(-2)}, ValueError, "positive and finite; got -2"),
+    ("logits", {"normalizer": torch.tensor(float("nan"))}, ValueError, "positive and finite"),
+    ("linear", {"mask": ONES * -torch.inf}, ValueError, "mask must be bool, or 1"),
+    ("logits", {"mask": ONES * 0.5}, ValueError, "mask must be bool, or 1 where .* got 0.5"),
+    ("logits", {"mask": ONES * float("nan")}, ValueError, "else 0; got nan"),
     ("logits", {"normalizer": "mean"}, ValueError, "normalizer must be 'sequence', 'token' or"),
     ("logits", {"normalizer": 0}, ValueError, "normalizer must be positive and finite; got 0"),
     ("logits", {"backend": "cudnn"}, ValueError, "backend must be 'auto' or one of .* 'cudnn'"),

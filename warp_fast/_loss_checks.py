@@ -156,6 +156,10 @@ def layout(
         raise ValueError(
             f"mask must be {tuple(shape)} {where}; got {tuple(mask.shape)} on {mask.device}"
         )
+    if mask is not None and mask.dtype != torch.bool and can_look(mask):
+        odd = mask[(mask != 0) & (mask != 1)]
+        if len(odd):
+            raise ValueError(f"mask must be bool, or 1 where a token counts, else 0; got {odd[0]}")
     if cu_seqlens is None:
         return
     if len(shape) != 1:
@@ -293,6 +297,8 @@ def normalizer(given: str | float | Tensor) -> None:
     if isinstance(given, Tensor):
         if given.dim() != 0:
             raise ValueError(f"a tensor normalizer must be 0-dim; got {tuple(given.shape)}")
+        if can_look(given) and not 0 < given < math.inf:
+            raise ValueError(f"normalizer must be positive and finite; got {given}")
     elif isinstance(given, str):
         if given not in ("sequence", "token"):
             raise ValueError(

@@ -25,11 +25,13 @@ class EMAAnchor:
 
     Args:
         policy: the module being trained. Its frozen parameters are shared, not copied, so they must
-            stay frozen; tied weights are stored once; buffers are copied at every update.
+            stay frozen; tied weights are stored once; buffers are copied at every update. Make the
+            anchor when the parameters are what they stay: after fully_shard or a load with assign.
         rate: mu in [0, 1]; may be assigned to later. 0 keeps a static anchor.
         storage: "split" keeps bf16 weights in `module` and 16 more bits aside, together an exact
             fp32 average at 4 bytes per parameter; "fp32" keeps fp32 weights in `module` (fp64 for a
-            fp64 policy); "bf16" keeps bf16 weights, rounded stochastically, at 2 bytes.
+            fp64 policy); "bf16" keeps bf16 weights, rounded stochastically, at 2 bytes. A policy
+            of another dtype with frozen parameters needs autocast to be called as the anchor.
         seed: of the stochastic rounding.
         module: what becomes the anchor, for a policy that cannot be copied (FSDP2): built, cast to
             the dtype of the storage and sharded like the policy. Its values are overwritten.
@@ -39,9 +41,9 @@ class EMAAnchor:
         step: updates made since the last reset.
 
     Raises:
-        ValueError: unknown storage, a rate outside [0, 1], or a module unlike the policy; in an
-            update, a parameter that was frozen before.
-            TypeError: a parameter dtype that the storage cannot hold exactly.
+        ValueError: unknown storage, a rate outside [0, 1], or a module unlike the policy; later, a
+            parameter that was frozen before, or is another object than before.
+            TypeError: a float64 parameter in split or bf16 storage.
 
     Traffic: an update reads the trainable parameters and reads and writes the average: 10 bytes per
         parameter for split or fp32 storage of a bf16 policy, 6 for bf16.
@@ -60,6 +62,10 @@ class EMAAnchor:
             raise ValueError(f"storage must be 'split', 'fp32' or 'bf16'; got {storage!r}")
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"rate must be in [0, 1]; got {rate}")
+        if isinstance(policy, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "policy must be what DistributedDataParallel wraps; pass policy.module"
+            )
         self.policy = policy
         self.rate = rate
         self.storage = storage
@@ -78,6 +84,7 @@ class EMAAnchor:
                 self._residuals[name] = torch.zeros_like(average, dtype=torch.int16)
         self._sources = list(trainable.values())
         self._frozen = {n: p for n, p in policy.named_parameters() if n not in trainable}
+        self._known = {n: (p, *_home_of(n, policy)) for n, p in policy.named_parameters()}
         self._gatherers = gatherers(self.module)
         self.reset_()
 
@@ -94,13 +101,22 @@ class EMAAnchor:
         with torch.cuda.stream(stream):
             self._update()
 
-    @torch.no_grad()
-    def _update(self) -> None:
+    def _check_policy(self) -> None:
+        """Its parameters are those that the anchor was made of."""
         if thawed := [name for name, p in self._frozen.items() if p.requires_grad]:
             raise ValueError(
                 f"parameters that are frozen when the anchor is made have no average; {thawed[:5]} "
                 "require a gradient now: make the anchor after they do"
             )
+        if replaced := [name for name, known in self._known.items() if _is_replaced(*known)]:
+            raise ValueError(
+                f"the policy has other parameters than when the anchor was made ({replaced[:5]}), "
+                "as after fully_shard or load_state_dict(assign=True): make the anchor after that"
+            )
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        self._check_policy()
         ema_update_(
             list(self._averages.values()),
             self._sources,
@@ -123,6 +139,7 @@ class EMAAnchor:
         """
         if any(is_sharded(source) for source in self._sources):
             raise ValueError("a sharded policy cannot be swapped; evaluate anchor.module instead")
+        self._check_policy()
         own = [source.data for source in self._sources]
         try:
             for source, (name, average) in zip(self._sources, self._averages.items(), strict=True):
@@ -135,7 +152,11 @@ class EMAAnchor:
 
     @torch.no_grad()
     def reset_(self) -> None:
-        """Make the anchor an exact copy of the policy again (each run of WARP starts so)."""
+        """Make the anchor an exact copy of the policy again (each run of WARP starts so).
+
+        bf16 storage rounds what is not bf16.
+        """
+        self._check_policy()
         for (name, average), source in zip(self._averages.items(), self._sources, strict=True):
             value, target = local(source.detach()), local(average)
             if self.storage == "split":
@@ -210,7 +231,9 @@ class EMAAnchor:
         """The anchor's weights at full precision (fp32 averages), under the names of the module."""
         exact = {id(average): self._exact(name) for name, average in self._averages.items()}
         tensors = self.module.state_dict(keep_vars=True)
-        return {name: exact.get(id(tensor), tensor.detach()) for name, tensor in tensors.items()}
+        # what get_extra_state gives need not be a tensor
+        others = {n: x.detach() if isinstance(x, Tensor) else x for n, x in tensors.items()}
+        return {name: exact.get(id(tensor), others[name]) for name, tensor in tensors.items()}
 
     def _exact(self, name: str) -> Tensor:
         average = self._averages[name].detach()
@@ -239,6 +262,8 @@ def _adopted(
     policy: nn.Module, module: nn.Module, dtypes: dict[str, torch.dtype]
 ) -> dict[str, nn.Parameter]:
     """The parameters of a given module that are to be averages; frozen ones get their values."""
+    if module is policy:
+        raise ValueError("module must be another module than the policy; got the policy itself")
     theirs, ours = dict(policy.named_parameters()), dict(module.named_parameters())
     if theirs.keys() != ours.keys():
         odd = sorted(theirs.keys() ^ ours.keys())
@@ -255,6 +280,19 @@ def _adopted(
         if name not in dtypes:
             parameter.copy_(theirs[name])
     return {name: ours[name] for name in dtypes}
+
+
+def _home_of(name: str, policy: nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and what it calls it."""
+    path, _, key = name.rpartition(".")
+    return policy.get_submodule(path), key
+
+
+def _is_replaced(known: Tensor, owner: nn.Module, key: str) -> bool:
+    there = owner._parameters.get(key)
+    # between forward and backward FSDP2 has what it gathered in the place of a shard
+    gathered = there is not None and is_sharded(known) and not is_sharded(there)
+    return there is not known and not gathered
 
 
 def _average_dtype(name: str, parameter: Tensor, storage: Storage) -> torch.dtype:

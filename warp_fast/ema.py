@@ -55,7 +55,8 @@ def ema_update_(
     Traffic: bytes per element: reads and writes ema (fp32 8, split 8, stochastic 4), reads params
         (bf16 2).
     Numerics: no fused multiply-add, exact at rate 0 and 1; split and stochastic storage are bitwise
-        equal on every backend.
+        equal on every backend. A number 0 leaves ema alone whatever params hold; else what is not
+        finite, in them or in the difference, goes into ema as inf or NaN.
     """
     averages, values = _listed(ema), _listed(params)
     remainders = [] if residual is None else _listed(residual)
@@ -68,6 +69,8 @@ def ema_update_(
         first_index.append(end + (_sharded.first_index(average) if stochastic else 0))
         end += average.numel()
     op = _ops.EMA_UPDATE[resolve("ema", backend, averages[0].device)]
+    if number == 0 and device_rate is None:
+        return ema  # where 0 times what diverged would be NaN
     shards = [[_sharded.local(x) for x in tensors] for tensors in (averages, values, remainders)]
     with torch.no_grad():
         op(*shards, number, device_rate, stochastic, seed, step, first_index)
