@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from warp_fast import EMAAnchor, ema_update_, gram, lerp, slerp
+from warp_fast import EMAAnchor, FlatParameters, ema_update_, gram, lerp, slerp
 
 # 5 and 3 rows do not halve; one row leaves the second process with nothing
 SHAPES = {"a": (5, 4), "b": (3,), "c": (1, 7), "d": (6, 5)}
@@ -24,7 +24,7 @@ def raises(message: str, call: Any, *arguments: Any, **options: Any) -> None:
     """Check that a call is refused with a message."""
     try:
         call(*arguments, **options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         assert message in str(error), error
         return
     raise AssertionError(f"not refused: {message}")
@@ -79,6 +79,7 @@ def slerp_refuses(mesh: Any) -> None:
     raises("Partial placement", slerp, partial, [partial])
     raises("must have placements", slerp, sharded, [weights(1, mesh, replicated=True)[1]])
     raises("one is a DTensor", slerp, sharded, [weights(1, mesh)[0]])
+    raises("must be a plain tensor; got a DTensor", FlatParameters, sharded)
     # a sum over one mesh is not one over another
     other = init_device_mesh("cpu", (1, 2))
     mixed = {**sharded, "b": distribute_tensor(init["b"], other, [Replicate(), Shard(0)])}

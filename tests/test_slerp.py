@@ -224,6 +224,15 @@ def test_many_etas_equal_single_calls(backend: str, dtype: torch.dtype, function
         assert eta or all(torch.equal(merged[n], init[n]) for n in init)
 
 
+@pytest.mark.parametrize("function", [slerp, lerp])
+def test_etas_may_be_a_vector(function: Any) -> None:
+    init, one, two = torch.randn(3, 8)
+    expected = function(init, [one, two], eta=[0.0, 0.5, 1.0])
+    for etas in (torch.linspace(0, 1, 3), torch.linspace(0, 1, 3).numpy()):
+        found = function(init, [one, two], eta=etas)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @every_backend
 def test_one_policy_is_reached_at_eta_one(backend: str) -> None:
     init, (policy,) = family(1, BF16, BF16)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from warp_fast._sharded import is_sharded
+
 ALIGNMENT = 16  # bytes: one vector load of any kernel never straddles two segments
 
 
@@ -119,6 +121,8 @@ def _named_tensors(
     for name, tensor in pairs:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+        if is_sharded(tensor):
+            raise TypeError(f"{name} must be a plain tensor; got a DTensor: give its to_local()")
     if len({name for name, _ in pairs}) != len(pairs):
         raise ValueError("names must be unique; one is given twice")
     devices = {tensor.device for _, tensor in pairs}

@@ -174,7 +174,7 @@ def _merge(
     layout = _weights.layout_of(init, segments)
     ends = _weights.matched(layout, init, policies)
     starts = layout.tensors(init)
-    etas = _finite_etas(eta)
+    etas, several = _finite_etas(eta)
     runs = len(policies)
     report = None
     if method == "slerp" or return_report:
@@ -186,7 +186,7 @@ def _merge(
         coefficients = torch.full(shape, 1 / runs, dtype=torch.float64, device=device)
     if return_report:
         report = SlerpReport(layout.names, products, coefficients)
-    results = _outputs(layout, init, out, len(etas), isinstance(eta, Sequence))
+    results = _outputs(layout, init, out, len(etas), several)
     shares = torch.tensor(etas, dtype=torch.float64, device="cpu").view(-1, 1, 1)
     rows = shares * coefficients.cpu()
     written = [tensor for result in results for tensor in layout.tensors(result)]
@@ -195,15 +195,17 @@ def _merge(
     op(*shards, rows, layout.segment)
     for result in results:
         _weights.copy_gaps(layout, init, result)
-    merged = results if isinstance(eta, Sequence) else results[0]
+    merged = results if several else results[0]
     return (merged, report) if return_report else merged
 
 
-def _finite_etas(eta: float | Sequence[float]) -> list[float]:
-    etas = [float(e) for e in eta] if isinstance(eta, Sequence) else [float(eta)]
+def _finite_etas(eta: Any) -> tuple[list[float], bool]:
+    """(the numbers, whether they came as several: a sequence, a vector of numpy or torch)."""
+    several = isinstance(eta, Sequence) or getattr(eta, "ndim", 0) == 1
+    etas = [float(e) for e in eta] if several else [float(eta)]
     if not etas or not all(math.isfinite(e) for e in etas):
         raise ValueError(f"eta must be a finite number, or at least one of them; got {eta}")
-    return etas
+    return etas, several
 
 
 def _outputs(layout: _weights.Layout, init: Any, out: Any, count: int, listed: bool) -> list[Any]:

@@ -65,7 +65,7 @@ def test_slices_must_be_whole_models(tmp_path: Path, layers: int) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
         sources.append(f"{{model: {tmp_path / name}, layer_range: [0, {layers}]}}")
-    text = f"{LINEAR}slices: [{{sources: [{', '.join(sources)}]}}]\n"
+    text = f"{LINEAR}slices: [{{sources: [{', '.join(sources)}], parameters: }}]\n"
     if layers == 2:
         assert _read(tmp_path, text)["policies"] == [str(tmp_path / n) for n in "ab"]
     else:

@@ -79,7 +79,7 @@ def _models(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
         listed = slices[0]["sources"]
         for source in listed:
             _check_whole(source["model"], source["layer_range"])
-        content["parameters"] = {**content["parameters"], **slices[0].get("parameters", {})}
+        content["parameters"] = {**content["parameters"], **(slices[0].get("parameters") or {})}
     models = {str(m["model"]): m.get("parameters") or {} for m in listed}
     if len(models) < len(listed):
         raise ValueError("each model must be listed once")
