@@ -129,6 +129,36 @@ assert resolve("slerp", "auto", cpu) == "reference"
     )
 
 
+def test_preferred_backend_has_no_say_where_it_does_not_serve() -> None:
+    """As in a merge on the CPU, in a process whose losses shall run in Triton."""
+    run_python(
+        """
+import torch, warp_fast
+from warp_fast._backend import resolve
+cpu = torch.device("cpu")
+assert resolve("slerp", "auto", cpu) in ("cpp", "reference")
+warp_fast.lerp(torch.zeros(3), [torch.ones(3)])
+assert resolve("linear_loss", "reference", cpu) == "reference"
+""",
+        WARP_FAST_BACKEND="triton",
+    )
+
+
+def test_preferred_backend_must_be_one() -> None:
+    code = """
+import torch, warp_fast
+from warp_fast.doctor import chosen_row
+assert "got 'numpy'" in str(chosen_row("ema", "cpu")), chosen_row("ema", "cpu")
+try:
+    warp_fast.lerp(torch.zeros(3), [torch.ones(3)])
+except ValueError as error:
+    assert "got 'numpy'" in str(error)
+else:
+    raise AssertionError
+"""
+    run_python(code, WARP_FAST_BACKEND="numpy")
+
+
 def test_import_loads_neither_triton_nor_transformers() -> None:
     run_python(
         """

@@ -88,15 +88,16 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
 
     Args:
         op: "loss" (from logits), "linear_loss" (from hidden states), "ema" or "slerp".
-        backend: "auto" (the environment variable WARP_FAST_BACKEND, else the best one present) or
-            the name of a backend.
+        backend: "auto" (the environment variable WARP_FAST_BACKEND where that one serves the op
+            on this device, else the best one present) or the name of a backend.
         device: where the tensors are.
 
     Raises:
         ValueError: the name is unknown, or that backend cannot serve this op here; says why.
     """
     served = SERVED[op].get(device.type, ("reference",))
-    if backend == "auto":
+    # the preferred one has no say where it does not serve; a name that is none is refused below
+    if backend == "auto" and (_PREFERRED in served or _PREFERRED not in BACKENDS):
         backend = _PREFERRED
     if backend == "auto":
         return next(name for name in served if unavailable(op, name, device) is None)

@@ -65,7 +65,10 @@ _WHAT: dict[str, Callable[[], str]] = {
 def chosen_row(op: str, device: str) -> Row:
     """What `backend="auto"` means for an op, and what else serves it."""
     where = torch.device(device)
-    chosen = resolve(op, "auto", where)
+    try:
+        chosen = resolve(op, "auto", where)
+    except ValueError as error:  # of WARP_FAST_BACKEND
+        return Row(f"{op} on {device}", False, str(error))
     able = [name for name in SERVED[op][device] if unavailable(op, name, where) is None]
     others = [name for name in able if name != chosen]
     also = f" (also {', '.join(others)})" if others else ""

@@ -10,7 +10,7 @@ import torch
 from warp_fast.demo.sft import build_tokenizer
 from warp_fast.demo.task import PLACES, prompt_of
 
-FAMILIES = ("gemma", "gemma2", "gemma3")
+FAMILIES = ("gemma", "gemma2", "gemma3", "gemma3 with images")
 
 
 def build(family: str, tokenizer: Any, seed: int = 0) -> Any:
@@ -38,8 +38,19 @@ def build(family: str, tokenizer: Any, seed: int = 0) -> Any:
         return t.Gemma2ForCausalLM(
             t.Gemma2Config(**common, query_pre_attn_scalar=8, sliding_window=16)
         )
-    return t.Gemma3ForCausalLM(
-        t.Gemma3TextConfig(**common, query_pre_attn_scalar=8, sliding_window=16)
+    text = t.Gemma3TextConfig(**common, query_pre_attn_scalar=8, sliding_window=16)
+    if family == "gemma3":
+        return t.Gemma3ForCausalLM(text)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    return t.Gemma3ForConditionalGeneration(
+        t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,29 @@ def test_renders_chat_messages(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": [{"role": "user", "content": "the room"}]}\n')
     assert read_prompts(str(file), tokenizer, 8)[0].text == "the room : "
+
+
+@pytest.mark.parametrize("key", ["prompt", "messages"])
+def test_chat_messages_get_the_special_tokens_of_their_template_alone(
+    tmp_path: Path, key: str
+) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    messages = [{"role": "user", "content": "the room"}]
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({key: messages}) + "\n" + json.dumps({"prompt": "the room"}))
+    chat, plain = read_prompts(str(file), tokenizer, 8)
+    assert chat.token_ids == plain.token_ids == tokenizer("the room")["input_ids"]
+    assert chat.token_ids[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("break_", ["\u2028", "\x0b", "\u0085"])
+def test_a_line_ends_where_it_does_in_json(tmp_path: Path, break_: str) -> None:
+    file = tmp_path / "p.jsonl"
+    row = {"prompt": "the room", "note": f"one{break_}two"}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (prompt,) = read_prompts(str(file), build_tokenizer(), 8)
+    assert prompt.columns == {"note": f"one{break_}two"}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,25 @@ def test_refuses_what_is_not_there(spec: str) -> None:
         load_reward(spec, CPU)
 
 
-def test_reward_model_scores_prompt_and_completion(tmp_path: Path) -> None:
+def test_a_file_is_a_module_like_any_other(tmp_path: Path) -> None:
+    """It may hold dataclasses and import its neighbours, and two rewards run it once."""
+    (tmp_path / "neighbour_of_mine.py").write_text("VALUE = 4.0\n")
+    file = tmp_path / "json.py"  # and hides no module of that name
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from neighbour_of_mine import VALUE\n@dataclass\nclass Held:\n    x: float = VALUE\n"
+        "held = Held()\ndef one(**_):\n    return held\ndef two(**_):\n    return held\n"
+    )
+    one, two = (load_reward(f"{file}:{name}", CPU) for name in ("one", "two"))
+    held: Any = one()
+    assert held.x == 4.0 and two() is held and json.loads("1") == 1
+    file.write_text("def one(:\n")
+    other = file.rename(tmp_path / "other.py")
+    with pytest.raises(ValueError, match="is not: SyntaxError"):
+        load_reward(f"{other}:one", CPU)
+
+
+def reward_model(directory: Path) -> Any:
     from transformers import Gemma2Config, Gemma2ForSequenceClassification
 
     tokenizer = build_tokenizer()
@@ -47,12 +65,34 @@ def test_reward_model_scores_prompt_and_completion(tmp_path: Path) -> None:
     )
     config = Gemma2Config(vocab_size=len(tokenizer), pad_token_id=0, **sizes)
     model: Any = Gemma2ForSequenceClassification
-    model(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    model(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def test_reward_model_scores_prompt_and_completion(tmp_path: Path) -> None:
+    reward_model(tmp_path)
     reward = load_reward(str(tmp_path), CPU)
     values = reward(prompts=["the room ", "the "], completions=["was good", "room was good"])
     assert len(values) == 2 and values[0] == pytest.approx(values[1], abs=1e-5)
     assert reward(prompts=["the room "], completions=["was bad"]) != values[:1]
+    # a chat template has written what the tokenizer adds
+    chat = reward(prompts=["<bos>the room "], completions=["was good"])
+    assert chat == pytest.approx(values[:1], abs=1e-6)
+
+
+def test_reward_model_sees_the_end_of_what_is_too_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = reward_model(tmp_path)
+    tokenizer.model_max_length = 8
+    tokenizer.save_pretrained(tmp_path)
+    reward = load_reward(str(tmp_path), CPU)
+    prompts, ends = ["the room was good and " * 3] * 20, ["bad", "good"] * 10
+    values = reward(prompts=prompts, completions=ends)
+    assert len(values) == 20 and values[0] != pytest.approx(values[1], abs=1e-7)
+    assert values == pytest.approx(list(values[:2]) * 10, abs=1e-6)
+    assert "takes 8 tokens" in caplog.text
 
 
 def test_columns_of_the_prompts_reach_the_reward(tmp_path: Path) -> None:
@@ -75,7 +115,7 @@ def test_columns_of_the_prompts_reach_the_reward(tmp_path: Path) -> None:
 def test_bad_rewards_stop_and_save_their_samples(
     tmp_path: Path, returned: Any, message: str, saved: int
 ) -> None:
-    failures = tmp_path / "failures.jsonl"
+    failures = tmp_path / "not" / "there" / "failures.jsonl"
     with pytest.raises(RewardError, match=message):
         score(lambda **_: returned, PROMPTS, ["x", "y"], failures)
     rows = [json.loads(line) for line in failures.open()]

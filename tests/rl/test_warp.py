@@ -143,6 +143,15 @@ def test_refuses_an_output_of_another_config(finished: tuple[WarpConfig, Path]) 
         warp(WarpConfig(**changed), progress=False)
 
 
+def test_goes_on_with_smaller_micro_batches(finished: tuple[WarpConfig, Path]) -> None:
+    """As after a run out of memory."""
+    config, output = finished
+    smaller: dict[str, Any] = {**config.to_dict(), "micro_batch_size": 2, "save_every": 1}
+    before = (output / "front.csv").read_bytes()
+    assert warp(WarpConfig(**smaller), progress=False) == output
+    assert (output / "front.csv").read_bytes() == before
+
+
 def test_refuses_an_output_with_other_things(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")

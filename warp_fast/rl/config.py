@@ -19,7 +19,8 @@ class WarpConfig:
         reward: what to maximise, "package.module:function" or "file.py:function" with the signature
             f(prompts, completions, **columns) -> list of floats, or a directory or hub id of a
             sequence-classification model.
-        output: directory of the run; the same command started again goes on where it stopped.
+        output: directory of the run; the same command started again goes on where it stopped
+            (micro_batch_size and save_every may be others).
         held_out_reward: a second reward that is never trained on, reported beside the first.
         eval_prompts: prompts of the evaluation (default: those of training).
         iterations: I, how often the M runs are merged.
@@ -53,7 +54,8 @@ class WarpConfig:
         device: "auto" is cuda where present.
         compute_dtype: of the forward and backward pass; weights and optimizer are float32; "auto"
             is bfloat16 on cuda, float32 on cpu.
-        anchor_storage: of the EMA; "auto" is split where the compute dtype is bfloat16, else fp32.
+        anchor_storage: of the EMA. The default is that of the policy, so that two equal ones have a
+            KL of 0; "split" is as exact, but computes with weights rounded to bf16.
         attention: "auto" takes the fastest implementation that honours the model's softcap.
     """
 
@@ -93,7 +95,7 @@ class WarpConfig:
     seed: int = 0
     device: str = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    anchor_storage: Literal["auto", "split", "fp32", "bf16"] = "auto"
+    anchor_storage: Literal["fp32", "split", "bf16"] = "fp32"
     attention: str = "auto"
 
     def __post_init__(self) -> None:
@@ -139,6 +141,8 @@ class WarpConfig:
         return values
 
 
+# what may be another when a run goes on, since nothing depends on it but rounding
+FREE = ("output", "micro_batch_size", "save_every")
 _POSITIVE = (
     "iterations",
     "runs",

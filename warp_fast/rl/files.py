@@ -65,6 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append one line of JSON per row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -46,7 +46,7 @@ class Policy:
     @property
     def context(self) -> int:
         """Longest sequence the model takes."""
-        return int(self.model.config.max_position_embeddings)
+        return int(self.model.config.get_text_config().max_position_embeddings)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -108,7 +108,7 @@ def load_model(source: str, attention: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation=attention
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"policy {source!r} could not be loaded as a causal LM: {error}"
         ) from error
@@ -139,10 +139,11 @@ def load_policy(config: WarpConfig, source: str | None = None) -> Policy:
         ) from error
     if tokenizer.pad_token_id is None:
         raise ValueError(
-            f"the tokenizer of {source!r} must have a pad token; set one with "
-            "tokenizer.add_special_tokens({'pad_token': '<pad>'}) and save it with the model"
+            f"the tokenizer of {source!r} must have a pad token; set one that is in the vocabulary "
+            "(tokenizer.pad_token = tokenizer.eos_token will do) and save it with the model"
         )
-    attention, why = choose_attention(settings, config.attention, device)
+    dtype = _auto_dtype(config.compute_dtype, device)
+    attention, why = choose_attention(settings, config.attention, device, dtype)
     logger.info("attention: %s (%s)", attention, why)
     model = load_model(source, attention).to(device).eval()
     original = model.generation_config
@@ -156,9 +157,9 @@ def load_policy(config: WarpConfig, source: str | None = None) -> Policy:
         model,
         tokenizer,
         device,
-        _auto_dtype(config.compute_dtype, device),
+        dtype,
         eos_ids,
-        getattr(model.config, "final_logit_softcapping", None),
+        getattr(model.config.get_text_config(), "final_logit_softcapping", None),
         original,
         getattr(settings, "dtype", None) or torch.float32,
     )
@@ -190,7 +191,12 @@ def _eos_ids(generation_config: Any, tokenizer: Any) -> list[int]:
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
     """Hold the fused head to the model's own logits on a few tokens."""
-    vocabulary = policy.model.config.vocab_size
+    vocabulary = len(head_weight(policy.model))
+    if policy.tokenizer.pad_token_id >= vocabulary:
+        raise ValueError(
+            f"the pad token must be in the vocabulary of {vocabulary}; its id is "
+            f"{policy.tokenizer.pad_token_id}: take a token that is there, such as the eos token"
+        )
     tokens = torch.arange(8, device=policy.device)[None] % vocabulary
     mask = torch.ones_like(tokens)
     hidden = policy.hidden(policy.model, tokens, mask, 7)[0].float()

@@ -24,8 +24,9 @@ def read_prompts(path: str, tokenizer: Any, longest: int) -> list[Prompt]:
     """Read a .jsonl or .txt file of prompts.
 
     Args:
-        path: .jsonl rows hold "prompt", a string or a list of chat messages (rendered with the
-            tokenizer's chat template); .txt holds one prompt per line.
+        path: .jsonl rows hold "prompt" (or "messages"), a string or a list of chat messages; these
+            are rendered with the tokenizer's chat template, which writes all special tokens that
+            they get. .txt holds one prompt per line.
         tokenizer: of the policy.
         longest: most tokens a prompt may have.
 
@@ -36,7 +37,8 @@ def read_prompts(path: str, tokenizer: Any, longest: int) -> list[Prompt]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"prompts must be a .jsonl or .txt file; there is none at {path}")
-    lines = file.read_text(encoding="utf-8").splitlines()
+    # not at the other places where str.splitlines does, which JSON strings may hold
+    lines = file.read_text(encoding="utf-8").split("\n")
     rows = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ValueError(f"{path} must hold at least one prompt; it is empty")
@@ -44,8 +46,9 @@ def read_prompts(path: str, tokenizer: Any, longest: int) -> list[Prompt]:
     prompts = []
     for number, line in rows:
         where = f"{path}, line {number}"
-        text, columns = parse(line, where, tokenizer)
-        token_ids = tokenizer(text)["input_ids"]
+        prompt, columns = parse(line, where)
+        text = prompt if isinstance(prompt, str) else _rendered(prompt, tokenizer)
+        token_ids = tokenizer(text, add_special_tokens=prompt is text)["input_ids"]
         if not 0 < len(token_ids) <= longest:
             raise ValueError(
                 f"{where}: a prompt must have 1 to {longest} tokens (the model's context less "
@@ -55,21 +58,24 @@ def read_prompts(path: str, tokenizer: Any, longest: int) -> list[Prompt]:
     return prompts
 
 
-def _parse_text(line: str, where: str, tokenizer: Any) -> tuple[str, dict[str, Any]]:
+def _rendered(messages: list[Any], tokenizer: Any) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def _parse_text(line: str, where: str) -> tuple[str, dict[str, Any]]:
     return line.strip(), {}
 
 
-def _parse_json(line: str, where: str, tokenizer: Any) -> tuple[str, dict[str, Any]]:
+def _parse_json(line: str, where: str) -> tuple[str | list[Any], dict[str, Any]]:
     try:
         row = json.loads(line)
-        prompt = row.pop("prompt")
+        prompt = row.pop("prompt" if "prompt" in row else "messages")
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f'{where} must be a JSON object with a "prompt"; got {line[:60]!r}'
         ) from error
-    if isinstance(prompt, list):
-        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str | list):
         raise ValueError(f'{where}: "prompt" must be text or chat messages; got {prompt!r}')
     return prompt, row
 

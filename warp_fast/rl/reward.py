@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from warp_fast.rl.files import append_json_lines
-from warp_fast.rl.prompts import Prompt
+from warp_fast.rl.prompts import Prompt, derive_seed
 
 Reward = Callable[..., Sequence[float]]
+_SCORED = 16  # texts that a classifier sees at a time
+logger = logging.getLogger("warp_fast")
 
 
 class RewardError(ValueError):
@@ -38,21 +42,37 @@ def _load_function(spec: str) -> Reward:
     place, _, name = spec.rpartition(":")
     try:
         if place.endswith(".py"):
-            found = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert found is not None and found.loader is not None
-            module = importlib.util.module_from_spec(found)
-            found.loader.exec_module(module)
+            module = _module_of(Path(place).resolve())
         else:
             if "" not in sys.path:  # a module beside the config, as under `python -m`
                 sys.path.insert(0, "")
             module = importlib.import_module(place)
         function: Reward = getattr(module, name)
-    except (ImportError, OSError, AttributeError) as error:
+    except Exception as error:  # whatever the module does while it is imported
         raise ValueError(
             f"reward must be an importable 'module:function' or 'file.py:function'; "
-            f"{spec!r} is not: {error}"
+            f"{spec!r} is not: {type(error).__name__}: {error}"
         ) from error
     return function
+
+
+def _module_of(file: Path) -> ModuleType:
+    """The module of a file, which may import its neighbours; run once for all its rewards."""
+    # listed, since a dataclass looks its module up; by a name that hides no other module
+    name = f"{file.stem}_{derive_seed(str(file))}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, file)
+    assert found is not None and found.loader is not None
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    module = sys.modules[name] = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _load_classifier(spec: str, device: torch.device) -> Reward:
@@ -71,14 +91,36 @@ def _load_classifier(spec: str, device: torch.device) -> Reward:
             f"a reward model must have one label; {spec} has {model.config.num_labels}"
         )
 
+    tokenizer.truncation_side = "left"  # a completion is judged by its end
+    longest = _context_of(model, tokenizer)
+
     @torch.no_grad()
     def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
-        values: list[float] = model(**batch).logits[:, 0].float().tolist()
+        # the tokenizer adds the special tokens that a chat template has written already
+        begin = tokenizer.bos_token or ""
+        texts = [p.removeprefix(begin) + c for p, c in zip(prompts, completions, strict=True)]
+        values: list[float] = []
+        for at in range(0, len(texts), _SCORED):
+            some = texts[at : at + _SCORED]
+            sizes = [len(ids) for ids in tokenizer(some)["input_ids"]]
+            if max(sizes) > longest:
+                logger.warning(
+                    "%s takes %d tokens; texts of up to %d lose their beginning",
+                    spec, longest, max(sizes),
+                )  # fmt: skip
+            batch = tokenizer(
+                some, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            )
+            values += model(**batch.to(device)).logits[:, 0].float().tolist()
         return values
 
     return reward
+
+
+def _context_of(model: Any, tokenizer: Any) -> int:
+    """The most tokens that a classifier takes."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(int(tokenizer.model_max_length), int(positions or tokenizer.model_max_length))
 
 
 def score(

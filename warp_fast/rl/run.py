@@ -50,7 +50,7 @@ class Run:
         self.steps = config.steps_of(iteration)
         self.step = 0
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self.anchor = EMAAnchor(policy.model, config.ema_rate, _storage(config, policy))
+        self.anchor = EMAAnchor(policy.model, config.ema_rate, config.anchor_storage)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -230,9 +230,3 @@ class Run:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _storage(config: WarpConfig, policy: Policy) -> Any:
-    if config.anchor_storage != "auto":
-        return config.anchor_storage
-    return "split" if policy.compute_dtype == torch.bfloat16 else "fp32"

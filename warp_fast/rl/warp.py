@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from warp_fast.merge import merge_checkpoints
-from warp_fast.rl.config import WarpConfig
+from warp_fast.rl.config import FREE, WarpConfig
 from warp_fast.rl.evaluate import Evaluator, FrontPoint, read_front, sweep, write_front
 from warp_fast.rl.files import remove, write_text
 from warp_fast.rl.plot import plot_angles, plot_front
@@ -80,7 +80,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 
 def _claim(output: Path, config: WarpConfig) -> None:
-    """Write config.yaml, or check that what lies there is of the same config."""
+    """Write config.yaml, or check that what lies there has the same config but for what is free."""
     path = output / "config.yaml"
     if not path.exists():
         foreign = sorted(p.name for p in output.iterdir() if not p.name.startswith("."))
@@ -95,7 +95,7 @@ def _claim(output: Path, config: WarpConfig) -> None:
     changed = [
         f"{key}: {theirs.get(key)} there, {ours.get(key)} now"
         for key in sorted(theirs.keys() | ours.keys())
-        if key != "output" and theirs.get(key) != ours.get(key)
+        if key not in FREE and theirs.get(key) != ours.get(key)
     ]
     if changed:
         raise ValueError(
