@@ -16,7 +16,7 @@ from torch import Tensor
 
 LANES = 8  # elements: 16 bytes of bf16; runs of 2- and 4-byte elements this long are whole vectors
 _ALIGNMENT = 16  # bytes of the widest load
-_KEPT = 16  # tables; past that the one used longest ago goes
+_KEPT = 32 << 20  # bytes of tables; past that those used longest ago go
 
 # the numbers of csrc/codes.h
 CODE = {
@@ -126,7 +126,8 @@ class TableCache:
     """
 
     def __init__(self) -> None:
-        self._tables: OrderedDict[object, object] = OrderedDict()
+        self._tables: OrderedDict[tuple[Any, ...], object] = OrderedDict()
+        self._bytes = 0
         self._captured: dict[object, object] = {}
 
     def __len__(self) -> int:
@@ -151,19 +152,33 @@ class TableCache:
             if capturing:
                 raise RuntimeError(
                     "the tensors of a captured call must have been passed to a call before the "
-                    "capture: their pointer table is copied to the device there"
+                    "capture, where their pointer table is copied to the device, and not be "
+                    "strided: those are copied to another place in each call"
                 )
             found = self._tables[key] = build()
-            if len(self._tables) > _KEPT:
-                if device.type == "cuda":
-                    # kernels of any stream may still read the table that goes
-                    torch.cuda.synchronize()
-                self._tables.popitem(last=False)
+            self._bytes += _bytes_of(found)
+            self._forget()
         elif key in self._tables:
             self._tables.move_to_end(key)
         if capturing:
             self._captured[key] = found
         return found
+
+    def _forget(self) -> None:
+        """Let go of what is too much; the last one stays."""
+        while self._bytes > _KEPT and len(self._tables) > 1:
+            (device, *_), gone = self._tables.popitem(last=False)
+            self._bytes -= _bytes_of(gone)
+            if device.type == "cuda":
+                # kernels of any stream may still read it
+                torch.cuda.synchronize(device)
+
+
+def _bytes_of(found: object) -> int:
+    """Of all tensors in what a `build` made."""
+    if isinstance(found, Tensor):
+        return found.nbytes
+    return sum(map(_bytes_of, found)) if isinstance(found, tuple | list) else 0
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -1,7 +1,7 @@
 """The statistics of sampled tokens and their gradient in Triton, from rows of logits.
 
 Each row is cut into pieces of a fixed length, one program each: a few rows of a large vocabulary
-use the whole GPU, and a row gives the same bits in any batch.
+use the whole GPU, and a row at one alignment gives the same bits in any batch.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.test_loss_checks import V, arguments, both, gradients, loss_of, served
 from warp_fast import _loss_checks
 from warp_fast._objective import Rows
+from warp_fast._precision import as_given
 
 
 @pytest.mark.parametrize("clip_range", [0.2, None])
@@ -125,3 +127,33 @@ def test_products_are_in_fp32_whatever_is_allowed_elsewhere(
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen == {"ieee"}
+
+
+def test_what_is_set_for_all_of_torch_is_not_pinned_to_products() -> None:
+    whole: Any = torch.backends
+    matmul = torch.backends.cuda.matmul
+    before, whole.fp32_precision = whole.fp32_precision, "tf32"
+    matmul.fp32_precision = whole.mkldnn.matmul.fp32_precision = "none"
+    matmul.allow_fp16_accumulation = True
+    try:
+        loss_of(arguments("linear", 2, 3)).loss.backward()
+        assert matmul.fp32_precision == "tf32" and matmul.allow_fp16_accumulation
+        whole.fp32_precision = "ieee"
+        assert matmul.fp32_precision == whole.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        whole.fp32_precision, matmul.allow_fp16_accumulation = before, False
+
+
+def test_precision_is_that_of_the_process_while_any_thread_is_inside() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+            first.enter_context(as_given("cpu"))
+            second.enter_context(as_given("cpu"))
+            first.close()
+            assert matmul.fp32_precision == "ieee" and not matmul.allow_fp16_accumulation
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -12,13 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import warp_fast
 from warp_fast import _loss_ops, _stats_ops
-from warp_fast._backend import MISSING, SERVED
+from warp_fast._backend import MISSING, SERVED, unavailable
 
 BATCH, TIME, V = 3, 4, 70
 MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 1, 0]], dtype=torch.bool)
 
 on_cpu = [pytest.param(name, "cpu") for name in SERVED["loss"]["cpu"] if MISSING[name] is None]
-on_gpu = [pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in SERVED["loss"]["cuda"]]
+able = torch.cuda.is_available()
+on_gpu = [
+    pytest.param(name, "cuda", marks=pytest.mark.gpu)
+    for name in SERVED["loss"]["cuda"]
+    if not able or unavailable("loss", name, torch.device("cuda")) is None
+]
 served = pytest.mark.parametrize(("backend", "device"), on_cpu + on_gpu)
 by_cpu = pytest.mark.parametrize("backend", [name.values[0] for name in on_cpu])
 

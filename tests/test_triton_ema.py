@@ -241,11 +241,24 @@ def test_freed_tensors_at_reused_addresses() -> None:
         check(lists("split", [FP32 if round_ % 3 else BF16], sizes))
 
 
-def test_number_of_kept_tables_is_bounded() -> None:
+def test_tables_of_all_calls_of_a_step_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_tables", kernels.TableCache())
+    given = [lists("fp32", [BF16], [8]) for _ in range(40)]
+    for _ in range(2):
+        for one in given:
+            check(one)
+        assert len(kernels._tables) == 40
+
+
+def test_memory_of_kept_tables_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = sys.modules[kernels.TableCache.__module__]
+    monkeypatch.setattr(kernels, "_tables", table.TableCache())
     kept = [lists("fp32", [BF16], [8]) for _ in range(40)]
+    check(kept[0])
+    monkeypatch.setattr(table, "_KEPT", 16 * kernels._tables._bytes)
     for given in kept:
         check(given)
-    assert len(kernels._tables) <= 16
+    assert len(kernels._tables) == 16 and kernels._tables._bytes == table._KEPT
     check(kept[0])
 
 

@@ -177,6 +177,7 @@ def test_a_step_is_captured_in_a_graph(packed: bool, kl: Any, low_memory: bool) 
         return [loss, *torch.autograd.grad(loss, [states, weight])]
 
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
     side.synchronize()

@@ -1,7 +1,7 @@
 """The statistics of the loss and their gradient by the CUDA kernels of warp_fast._C, from logits.
 
 A cluster of blocks takes a row (csrc/loss.cu). The state of a row is that of kernels/_rows.py. fp64
-inputs are served by the reference, hidden states by Triton.
+inputs are served by the reference, which waits for the GPU, hidden states by Triton.
 """
 
 from __future__ import annotations
