@@ -32,6 +32,17 @@ struct Task {
     Slices slices;
 };
 
+// the vectors of a row that this block takes
+struct Span {
+    int first, last;
+};
+
+__device__ Span span_of(const Slices& slices, int64_t width) {
+    const int64_t all = (width + kVector - 1) / kVector;
+    const int64_t first = blockIdx.x % slices.parts * slices.vectors, last = first + slices.vectors;
+    return {static_cast<int>(first < all ? first : all), static_cast<int>(last < all ? last : all)};
+}
+
 #ifdef WARP_FAST_CLUSTERS
 
 constexpr int kWarps = kThreads / 32;
@@ -66,12 +77,10 @@ __device__ Place place_of(const Task& task) {
     Place place;
     place.n = blockIdx.x / task.slices.parts;
     place.part = blockIdx.x % task.slices.parts;
-    const int64_t all = (task.width + kVector - 1) / kVector;
-    const int64_t first = place.part * task.slices.vectors, last = first + task.slices.vectors;
-    place.first = static_cast<int>(first < all ? first : all);
-    place.last = static_cast<int>(last < all ? last : all);
+    const Span span = span_of(task.slices, task.width);
+    place.first = span.first, place.last = span.last;
     place.short_count = static_cast<int>(task.width % kVector);
-    place.short_one = place.short_count ? static_cast<int>(all - 1) : -1;
+    place.short_one = place.short_count ? static_cast<int>(task.width / kVector) : -1;
     place.token = task.token_ids[place.n];
     const bool known = place.token >= 0 && place.token < task.width;
     place.sampled_one = known ? static_cast<int>(place.token / kVector) : -1;
@@ -314,17 +323,16 @@ __global__ void __launch_bounds__(kThreads, 4)
     const float by = *factor;
     if (by == 1) return;
     const Line row = line_of(matrix, blockIdx.x / slices.parts, width);
-    const int64_t begin = blockIdx.x % slices.parts * slices.vectors * kVector;
-    const int64_t after = begin + slices.vectors * kVector, end = after < width ? after : width;
-    for (int64_t j = begin + threadIdx.x * kVector; j < end; j += kThreads * kVector) {
-        const int k = static_cast<int>(j / kVector);
+    const Span span = span_of(slices, width);
+    for (int k = span.first + threadIdx.x; k < span.last; k += kThreads) {
+        const int64_t left = width - static_cast<int64_t>(k) * kVector;
         Raw<WIDE> raw;
         raw.load(row, k);
         float x[kVector];
         raw.get(row.code, x);
         for (int i = 0; i < kVector; ++i) x[i] *= by;
         raw.set(row.code, x);
-        raw.store(row, k, end - j < kVector ? static_cast<int>(end - j) : kVector);
+        raw.store(row, k, left < kVector ? static_cast<int>(left) : kVector);
     }
 }
 

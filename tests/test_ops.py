@@ -245,15 +245,10 @@ def test_merge_refuses_outputs_that_overlap_themselves(backend: str) -> None:
     assert not out[0].any()
 
 
-def on(device: str) -> Any:
-    """Where tensors are made unless they say otherwise."""
-    return torch.device(device)
-
-
 @pytest.mark.parametrize("function", [slerp, lerp])
 def test_merge_where_tensors_are_made_elsewhere(function: Any) -> None:
     init, one, two = torch.randn(3, 8)
     expected = function(init, [one, two], eta=[0.5, 1.0])
-    with on("meta"):
+    with torch.device("meta"):
         found = function(init, [one, two], eta=[0.5, 1.0], return_report=True)[0]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -83,7 +83,6 @@ class EMAAnchor:
             for name, average in self._averages.items():
                 self._residuals[name] = torch.zeros_like(average, dtype=torch.int16)
         self._sources = list(trainable.values())
-        self._frozen = {n: p for n, p in policy.named_parameters() if n not in trainable}
         self._known = {n: (p, *_home_of(n, policy)) for n, p in policy.named_parameters()}
         self._gatherers = gatherers(self.module)
         self.reset_()
@@ -103,7 +102,8 @@ class EMAAnchor:
 
     def _check_policy(self) -> None:
         """Its parameters are those that the anchor was made of."""
-        if thawed := [name for name, p in self._frozen.items() if p.requires_grad]:
+        frozen = {n: p for n, (p, *_) in self._known.items() if n not in self._averages}
+        if thawed := [name for name, p in frozen.items() if p.requires_grad]:
             raise ValueError(
                 f"parameters that are frozen when the anchor is made have no average; {thawed[:5]} "
                 "require a gradient now: make the anchor after they do"

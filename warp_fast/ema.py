@@ -64,17 +64,23 @@ def ema_update_(
     if not averages:
         return ema
     number, device_rate = _checked_rate(rate, averages[0].device)
-    first_index, end = [], 0
-    for average in averages:
-        first_index.append(end + (_sharded.first_index(average) if stochastic else 0))
-        end += average.numel()
     op = _ops.EMA_UPDATE[resolve("ema", backend, averages[0].device)]
     if number == 0 and device_rate is None:
         return ema  # where 0 times what diverged would be NaN
     shards = [[_sharded.local(x) for x in tensors] for tensors in (averages, values, remainders)]
+    first = _first_indices(averages, stochastic)
     with torch.no_grad():
-        op(*shards, number, device_rate, stochastic, seed, step, first_index)
+        op(*shards, number, device_rate, stochastic, seed, step, first)
     return ema
+
+
+def _first_indices(averages: list[Tensor], stochastic: bool) -> list[int]:
+    """The index of the first element of each in the concatenated list."""
+    found, end = [], 0
+    for average in averages:
+        found.append(end + (_sharded.first_index(average) if stochastic else 0))
+        end += average.numel()
+    return found
 
 
 def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:

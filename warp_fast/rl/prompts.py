@@ -48,7 +48,7 @@ def read_prompts(path: str, tokenizer: Any, longest: int) -> list[Prompt]:
         where = f"{path}, line {number}"
         prompt, columns = parse(line, where)
         text = prompt if isinstance(prompt, str) else _rendered(prompt, tokenizer)
-        token_ids = tokenizer(text, add_special_tokens=prompt is text)["input_ids"]
+        token_ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
         if not 0 < len(token_ids) <= longest:
             raise ValueError(
                 f"{where}: a prompt must have 1 to {longest} tokens (the model's context less "

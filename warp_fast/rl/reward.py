@@ -102,15 +102,12 @@ def _load_classifier(spec: str, device: torch.device) -> Reward:
         values: list[float] = []
         for at in range(0, len(texts), _SCORED):
             some = texts[at : at + _SCORED]
-            sizes = [len(ids) for ids in tokenizer(some)["input_ids"]]
-            if max(sizes) > longest:
-                logger.warning(
-                    "%s takes %d tokens; texts of up to %d lose their beginning",
-                    spec, longest, max(sizes),
-                )  # fmt: skip
-            batch = tokenizer(
-                some, padding=True, truncation=True, max_length=longest, return_tensors="pt"
-            )
+            batch = tokenizer(some, padding=True, return_tensors="pt")
+            if (most := batch["input_ids"].shape[1]) > longest:
+                message = "%s takes %d tokens; texts of up to %d lose their beginning"
+                logger.warning(message, spec, longest, most)
+                cut = {"truncation": True, "max_length": longest}
+                batch = tokenizer(some, padding=True, return_tensors="pt", **cut)
             values += model(**batch.to(device)).logits[:, 0].float().tolist()
         return values
 
