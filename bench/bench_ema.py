@@ -23,6 +23,7 @@ from warp_fast.reference.ema import join_float32, split_float32
 RATE = 0.01
 GEMMA_2_2B_BLOCK = [(9216, 2304)] * 3 + [(2048, 2304)] * 2 + [(1024, 2304)] * 2 + [(2304,)] * 4
 GEMMA_3_270M_BLOCK = [(2048, 640)] * 3 + [(1024, 640)] * 2 + [(256, 640)] * 2 + [(640,)] * 4
+ON_GPU = GEMMA_2_2B_BLOCK * 8
 GATE = [(257, 129), (1,), (4096,)]
 _GATE_RATE = 0.3  # of the order of the values: a wrong formula shows above bf16 rounding
 # three roundings of the product formulas, or one stochastic rounding
@@ -146,7 +147,7 @@ def compare(
     """All who can average parameters of `dtype`, in one run."""
     peers, absent = takers(dtype)
     shares = captured(peers, dtype, steps, weights=1 << 14)
-    params = [torch.randn(shape).to(device, dtype) for shape in shapes]
+    params = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     providers = [
         provider(peer, params, {"captured %": f"{100 * shares[label(peer)]:.1f}"}) for peer in peers
     ]
@@ -180,8 +181,10 @@ def test_ema(case: str, timed: Callable[[str, Callable[[torch.device], Provider]
 def main(given: Sequence[str] | None = None) -> None:
     options = parse(__doc__ or "", given)
     stamp = environment(options.device)
-    shapes = GEMMA_3_270M_BLOCK * 4 if options.quick else GEMMA_2_2B_BLOCK
-    groups = (compare(dtype, shapes, options.device, options.scale, 3000) for dtype in _BOTH)
+    large = ON_GPU if options.device.type == "cuda" else GEMMA_2_2B_BLOCK
+    shapes = GEMMA_3_270M_BLOCK * 4 if options.quick else large
+    chosen = options.chosen(_BOTH)
+    groups = (compare(dtype, shapes, options.device, options.scale, 3000) for dtype in chosen)
     publish("ema", groups, stamp, options)
 
 

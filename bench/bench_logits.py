@@ -73,13 +73,13 @@ def batch_of(
     kl: str, tokens: int, vocabulary: int, device: torch.device, exact: bool = False
 ) -> Batch:
     """A peaked policy and an anchor near it; `exact` gives the same numbers in float64."""
-    make = torch.Generator().manual_seed(0)
+    make: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     shape = SEQUENCES, tokens // SEQUENCES
-    start = torch.randn(*shape, vocabulary, generator=make).mul_(3).bfloat16()
-    anchor = (start.float() + 0.5 * torch.randn(start.shape, generator=make)).bfloat16()
-    start, anchor = (x.to(device, torch.float64 if exact else x.dtype) for x in (start, anchor))
-    ids = torch.randint(0, vocabulary, shape, generator=make).to(device)
-    advantages = torch.randn(SEQUENCES, generator=make).to(device)
+    start = torch.randn(*shape, vocabulary, **make).mul_(3).bfloat16()
+    anchor = torch.randn(start.shape, **make).mul_(0.5).add_(start).bfloat16()
+    start, anchor = (x.to(torch.float64 if exact else x.dtype) for x in (start, anchor))
+    ids = torch.randint(0, vocabulary, shape, **make)
+    advantages = torch.randn(SEQUENCES, **make)
     logits = start.clone().requires_grad_() * 1  # no leaf: such a one cannot be written in place
     return Batch(start, logits, anchor, ids, advantages, kl)
 
@@ -191,7 +191,8 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parse(__doc__ or "", given)
     stamp = environment(options.device)
     cases = QUICK if options.quick else ON_GPU if options.device.type == "cuda" else ON_CPU
-    groups = (compare(case, options.device, options.scale) for case in cases)
+    chosen = options.chosen(cases)
+    groups = (compare(case, options.device, options.scale) for case in chosen)
     publish("logits", groups, stamp, options)
 
 

@@ -239,10 +239,12 @@ def main(given: Sequence[str] | None = None) -> None:
     stamp["mergekit"] = mergekit_version(python) or "absent"
     models = {SMALL: python} if options.quick else {GEMMA_3_270M: python, GEMMA_3_1B: None}
 
+    chosen = options.chosen(list(models))
+
     def groups() -> Iterator[Group]:
-        for model, peer in models.items():
+        for model in chosen:
             with benched(model, options.directory) as bench:
-                yield compare(bench, peer, options.scale)
+                yield compare(bench, models[model], options.scale)
 
     publish("merge", groups(), stamp, dataclasses.replace(options, device=torch.device("cpu")))
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.bench_ema import GEMMA_3_270M_BLOCK, ON_GPU
 from bench.harness import Absent, Provider, Scale, measure, parse, relative_error
 from bench.peers import MERGES, MergePeer, Tensors, missing, rerun_under, warp_target
 from bench.report import Group, environment, publish
@@ -26,7 +27,6 @@ Shapes = Sequence[tuple[int, ...]]
 Family = tuple[Tensors, list[Tensors]]
 
 GEMMA_3_1B_BLOCK = [(6912, 1152)] * 3 + [(1024, 1152)] * 2 + [(256, 1152)] * 2 + [(1152,)] * 4
-GEMMA_3_270M_BLOCK = [(2048, 640)] * 3 + [(1024, 640)] * 2 + [(256, 640)] * 2 + [(640,)] * 4
 GATE = [(257, 129), (4096,)]
 CASES = [(2, torch.float32), (2, torch.bfloat16), (3, torch.float32), (5, torch.bfloat16)]
 OURS, IN_PLACE, GRAM = "warp_fast", "warp_fast, out=", "warp_fast, Gram pass"
@@ -57,10 +57,11 @@ def slerp_flops(runs: int, etas: int = 1) -> int:
 
 def family(shapes: Shapes, runs: int, dtype: torch.dtype, device: torch.device) -> Family:
     """Weights of sigma 0.02 and policies that lie 2 % away in independent directions."""
-    init = [0.02 * torch.randn(shape) for shape in shapes]
-    policies = [[start + 4e-4 * torch.randn_like(start) for start in init] for _ in range(runs)]
-    init, *policies = ([tensor.to(device, dtype) for tensor in w] for w in [init, *policies])
-    return init, policies
+    init = [0.02 * torch.randn(shape, device=device) for shape in shapes]
+    policies = [
+        [(start + 4e-4 * torch.randn_like(start)).to(dtype) for start in init] for _ in range(runs)
+    ]
+    return [start.to(dtype) for start in init], policies
 
 
 def merge_all(peer: MergePeer, init: Tensors, policies: list[Tensors]) -> Tensors:
@@ -196,8 +197,9 @@ def main(given: Sequence[str] | None = None) -> None:
     if options.mergekit_python:
         rerun_under(options.mergekit_python, "bench.bench_slerp", given)
     stamp = environment(options.device)
-    shapes = GEMMA_3_270M_BLOCK * 2 if options.quick else GEMMA_3_1B_BLOCK
-    cases = CASES[:2] if options.quick else CASES
+    large = ON_GPU if options.device.type == "cuda" else GEMMA_3_1B_BLOCK
+    shapes = GEMMA_3_270M_BLOCK * 2 if options.quick else large
+    cases = options.chosen(CASES[:2] if options.quick else CASES)
     groups = (compare(*case, shapes, options.device, options.scale) for case in cases)
     publish("slerp", groups, stamp, options)
 

@@ -13,11 +13,12 @@ import dataclasses
 import gc
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from warp_fast._backend import SERVED, unavailable
 
+Case = TypeVar("Case")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -283,6 +285,14 @@ class Options:
     output: Path
     mergekit_python: str
     directory: Path | None
+    only: str
+
+    def chosen(self, cases: Sequence[Case]) -> list[Case]:
+        """The cases whose text matches --only."""
+        found = [case for case in cases if re.search(self.only, str(case))]
+        if not found:
+            raise SystemExit(f"--only {self.only!r} matches none of: {'; '.join(map(str, cases))}")
+        return found
 
 
 def parse(description: str, given: Sequence[str] | None = None) -> Options:
@@ -298,6 +308,7 @@ def parse(description: str, given: Sequence[str] | None = None) -> Options:
         default=os.environ.get("BENCH_MERGEKIT_PYTHON", ""),
         help="interpreter that has mergekit, if not this one (or BENCH_MERGEKIT_PYTHON)",
     )
+    parser.add_argument("--only", default="", help="regular expression that picks among the cases")
     parser.add_argument("--directory", type=Path, help="where bench_merge keeps its checkpoints")
     read = parser.parse_args(given)
     if read.threads:
@@ -312,4 +323,5 @@ def parse(description: str, given: Sequence[str] | None = None) -> Options:
         output=read.output,
         mergekit_python=read.mergekit_python,
         directory=read.directory,
+        only=read.only,
     )

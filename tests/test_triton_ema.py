@@ -1,4 +1,4 @@
-"""The Triton EMA kernel against the reference, bit for bit.
+"""The Triton EMA kernel against the reference, bit for bit; on a GPU that of csrc/ema.cu as well.
 
 On CUDA tensors where there is a GPU, else on CPU tensors under the interpreter of Triton.
 """
@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from warp_fast._backend import MISSING
+from warp_fast.native.ema import ema_update_cuda_
 from warp_fast.reference.ema import ema_update_reference_, split_float32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,6 +27,10 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 kernels: Any = importlib.import_module("warp_fast.kernels.ema")
 if DEVICE == "cpu" and type(kernels._ema_kernel).__name__ != "InterpretedFunction":
     raise RuntimeError("something imported triton before this file set TRITON_INTERPRET=1")
+
+UPDATES = [kernels.ema_update_triton_]
+if DEVICE == "cuda" and MISSING["cuda"] is None:
+    UPDATES.append(ema_update_cuda_)
 
 # one element; a run below, at and above one vector; one block; several; empty in the middle
 SIZES = [1, 7, 8, 0, 4096, 9001]
@@ -79,17 +85,20 @@ def check(
     step: int = 7,
     first: int = FAR,
 ) -> None:
-    """Update with both, and compare every bit."""
+    """Update with the reference and every kernel, and compare every bit."""
     ema, params, residual = given
     first_index = [first]
     for average in ema[:-1]:
         first_index.append(first_index[-1] + average.numel())
-    expected, remainders = copies(ema), copies(residual)
+    written = [*ema, *residual]
+    before, expected, remainders = copies(written), copies(ema), copies(residual)
     rest = (rate, device_rate, stochastic, seed, step, first_index)
     ema_update_reference_(expected, params, remainders, *rest)
-    kernels.ema_update_triton_(ema, params, residual, *rest)
-    assert_same_bits(ema, expected)
-    assert_same_bits(residual, remainders)
+    for update in UPDATES:
+        for tensor, value in zip(written, before, strict=True):
+            tensor.copy_(value)
+        update(ema, params, residual, *rest)
+        assert_same_bits(written, [*expected, *remainders])
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
@@ -161,8 +170,9 @@ def test_nan_is_seen_in_the_bf16_half_and_stays(storage: str) -> None:
     residual = [torch.zeros(3, dtype=torch.int16, device=DEVICE)] if storage == "split" else []
     rest = (0.3, None, storage == "stochastic", 0, 0, [0])
     for params in (value.to(DEVICE), torch.zeros(3, device=DEVICE)):
-        kernels.ema_update_triton_(ema, [params], residual, *rest)
-        assert ema[0].isnan().all()
+        for update in UPDATES:
+            update(ema, [params], residual, *rest)
+            assert ema[0].isnan().all()
 
 
 # keys on both sides of 2^31, and indices with high words up to the largest int64
@@ -277,17 +287,18 @@ def test_a_list_of_empty_tensors_launches_nothing() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: graphs are captured there")
-def test_captured_update_reads_the_rate_of_the_replay() -> None:
+@pytest.mark.parametrize("update", UPDATES)
+def test_captured_update_reads_the_rate_of_the_replay(update: Any) -> None:
     given = lists("split", [BF16], SIZES)
     rate = torch.tensor(0.25, device=DEVICE)
     rest = (0.0, rate, False, 0, 0, [0] * len(SIZES))
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(graph):
-        kernels.ema_update_triton_(*given, *rest)
-    kernels.ema_update_triton_(*given, *rest)
+        update(*given, *rest)
+    update(*given, *rest)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.ema_update_triton_(*given, *rest)
+        update(*given, *rest)
     expected, remainders = copies(given[0]), copies(given[2])
     for value in (0.5, 0.125):
         rate.fill_(value)

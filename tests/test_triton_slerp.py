@@ -1,6 +1,6 @@
 """The Triton Gram and apply passes: Grams against fp64, merged weights bit for bit.
 
-On CUDA tensors where there is a GPU, else on CPU tensors under the interpreter of Triton.
+On CUDA tensors where there is a GPU, those of csrc/ as well; else on CPU tensors under the interpreter of Triton.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from warp_fast._backend import MISSING
+from warp_fast.native import slerp as native
 from warp_fast.reference.slerp import gram_reference, slerp_apply_reference_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,6 +30,10 @@ if DEVICE == "cpu" and type(gram_pass._gram_kernel).__name__ != "InterpretedFunc
     raise RuntimeError("something imported triton before this file set TRITON_INTERPRET=1")
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+GRAMS, APPLIES = [gram_pass.gram_triton], [apply_pass.slerp_apply_triton_]
+if DEVICE == "cuda" and MISSING["cuda"] is None:
+    GRAMS.append(native.gram_cuda)
+    APPLIES.append(native.slerp_apply_cuda_)
 # one element; below, at and above one vector; empty; more than one block of the apply pass
 SIZES = [1, 7, 0, 2304, 8, 2500]
 SEGMENT = [2, 0, 1, 0, 3, 2]  # out of order; segment 1 holds only the empty tensor, 4 none
@@ -68,7 +74,13 @@ def relative(found: Tensor, gold: Tensor) -> float:
 
 
 def check_gram(init: list[Tensor], policies: list[Tensor], segment: list[int] = SEGMENT) -> None:
-    found = gram_pass.gram_triton(init, policies, segment, SEGMENTS)
+    for gram in GRAMS:
+        check_one_gram(gram(init, policies, segment, SEGMENTS), init, policies, segment)
+
+
+def check_one_gram(
+    found: Tensor, init: list[Tensor], policies: list[Tensor], segment: list[int]
+) -> None:
     gold = gram_reference(
         [x.double() for x in init], [x.double() for x in policies], segment, SEGMENTS
     )
@@ -108,8 +120,11 @@ def check_apply(
     )
     expected = [x.clone() for x in out]
     slerp_apply_reference_(expected, init, policies, coefficients, segment)
-    apply_pass.slerp_apply_triton_(out, init, policies, coefficients, segment)
-    assert_same_bits(out, expected)
+    for apply in APPLIES:
+        for x in out:
+            x.fill_(float("nan"))
+        apply(out, init, policies, coefficients, segment)
+        assert_same_bits(out, expected)
 
 
 # a single policy; the usual; the last whole group; a second group of one; the most promised
@@ -173,11 +188,12 @@ def test_strided_tensors() -> None:
     check_apply(init, policies, out=[out], segment=[0])
 
 
-def test_same_bits_at_every_call_and_address() -> None:
+@pytest.mark.parametrize("gram", GRAMS)
+def test_same_bits_at_every_call_and_address(gram: Any) -> None:
     init, policies = weights(3)
-    first = gram_pass.gram_triton(init, policies, SEGMENT, SEGMENTS)
+    first = gram(init, policies, SEGMENT, SEGMENTS)
     moved = [x.clone() for x in init], [x.clone() for x in policies]
-    assert_same_bits([gram_pass.gram_triton(*moved, SEGMENT, SEGMENTS)], [first])
+    assert_same_bits([gram(*moved, SEGMENT, SEGMENTS)], [first])
 
 
 def test_moved_tensors_and_other_segments_are_noticed() -> None:
