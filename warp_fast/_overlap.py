@@ -48,7 +48,12 @@ def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: b
             f"{tuple(odd[0].shape)} and strides {odd[0].stride()}"
         )
     # called for every update: mostly nothing touches anything
-    spans = sorted([byte_range(tensor) for tensor in (*written, *read)])
+    spans = sorted(
+        [
+            (start := x.data_ptr(), start + x.nbytes) if x.is_contiguous() else byte_range(x)
+            for x in (*written, *read)
+        ]
+    )
     if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
         return
     # (start, stop, whether written, position, dtype)

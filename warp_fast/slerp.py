@@ -176,27 +176,26 @@ def _merge(
     starts = layout.tensors(init)
     etas, several = _finite_etas(eta)
     runs = len(policies)
-    report = None
+    op = _ops.SLERP_APPLY[resolve("slerp", backend, starts[0].device)]
     if method == "slerp" or return_report:
         products = _gram(layout, starts, ends, backend)
-    if method == "slerp":
-        coefficients = _coefficients(products, layout.names)
-    else:
-        shape, device = (len(layout.names), runs), starts[0].device
-        coefficients = torch.full(shape, 1 / runs, dtype=torch.float64, device=device)
-    if return_report:
-        report = SlerpReport(layout.names, products, coefficients)
+    # while a GPU is at that: what follows waits for it
     results = _outputs(layout, init, out, len(etas), several)
-    shares = torch.tensor(etas, dtype=torch.float64, device="cpu").view(-1, 1, 1)
-    rows = shares * coefficients.cpu()
     written = [tensor for result in results for tensor in layout.tensors(result)]
-    op = _ops.SLERP_APPLY[resolve("slerp", backend, starts[0].device)]
     shards = [[_sharded.local(x) for x in tensors] for tensors in (written, starts, ends)]
-    op(*shards, rows, layout.segment)
+    if method == "slerp":
+        coefficients = _coefficients(products.cpu(), layout.names)
+    else:
+        shape = len(layout.names), runs
+        coefficients = torch.full(shape, 1 / runs, dtype=torch.float64, device="cpu")
+    shares = torch.tensor(etas, dtype=torch.float64, device="cpu").view(-1, 1, 1)
+    op(*shards, shares * coefficients, layout.segment)
     for result in results:
         _weights.copy_gaps(layout, init, result)
     merged = results if several else results[0]
-    return (merged, report) if return_report else merged
+    if not return_report:
+        return merged
+    return merged, SlerpReport(layout.names, products, coefficients.to(products.device))
 
 
 def _finite_etas(eta: Any) -> tuple[list[float], bool]:
