@@ -31,6 +31,8 @@ FIELDS = tl.constexpr(6)
 # state of a row, in fp64: largest u, 1 / sum of exp, mean of u - largest, probability of the other
 # tokens; the first two of the anchor; the shift, and the mean of u - v - shift
 STATE = tl.constexpr(_loss_rows.STATE)
+# log-prob of the sampled token below which its odds may not fit: exp(60) times a weight does
+FAR = tl.constexpr(-60.0)
 
 
 @triton.jit
@@ -40,6 +42,15 @@ def row_at(matrix, n, run, stride, jump):
     return matrix + n * stride + runs * jump
 
 
+@triton.jit
+def _clear(row, first, end, size, lanes, CODE: tl.constexpr, VECTORS: tl.constexpr):
+    """0 in [first, end) of a row."""
+    zero = tl.zeros([VECTORS, LANES], tl.float32)
+    for begin in range(first, end, VECTORS * LANES):
+        offs = begin + lanes
+        tl.store(row + offs, rounded(zero, CODE), mask=offs < size)
+
+
 @triton.jit(do_not_specialize=["run"])
 def sums_kernel(
     logits,  # rows of V, where `row_at` says
@@ -47,6 +58,7 @@ def sums_kernel(
     token_ids,  # [N] int64
     kept,  # [N] uint8
     sums,  # [N, PIECES, FIELDS]
+    odds,  # [N, V]
     run,
     stride,
     jump,
@@ -61,24 +73,33 @@ def sums_kernel(
     ANCHOR: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXACT: tl.constexpr,
+    ODDS: tl.constexpr,  # dtype code of the odds; -1 without them
     WIDE: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    """Sums over one piece of one row; a row that is not kept costs nothing.
+    """Sums over one piece of one row, and the odds, p_v / p_token times the slope of the score.
 
-    Traffic: reads each kept row of logits and anchor once.
+    A row that is not kept costs nothing but odds of 0.
+    Traffic: reads each kept row of logits and anchor once; writes the odds.
     """
     pid = tl.program_id(0).to(tl.int64)
     n = pid // PIECES
+    lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    first = (pid % PIECES).to(tl.int32) * PIECE
+    end = tl.minimum(first + PIECE, size)
+    odds_row = odds + n * size
     if tl.load(kept + n) == 0:
+        if ODDS >= 0:
+            _clear(odds_row, first, end, size, lanes, ODDS, VECTORS)
         return
     row = row_at(logits, n, run, stride, jump)
     anchor_row = row_at(anchor, n, run, anchor_stride, anchor_jump)
     token = tl.load(token_ids + n)
+    picked = picked_score(row, token, size, inner, outer, SOFTCAP, WIDE)
     shift = 0.0
     if EXACT:
         shift = base_shift(
-            picked_score(row, token, size, inner, outer, SOFTCAP, WIDE),
+            picked,
             picked_score(anchor_row, token, size, inner, outer, SOFTCAP, WIDE),
         )
     total = tl.zeros([VECTORS], tl.float64 if WIDE else tl.float32)
@@ -86,9 +107,7 @@ def sums_kernel(
     top = total - float("inf")
     anchor_top = top
 
-    lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    first = (pid % PIECES).to(tl.int32) * PIECE
-    for begin in range(first, tl.minimum(first + PIECE, size), VECTORS * LANES):
+    for begin in range(first, end, VECTORS * LANES):
         offs = begin + lanes
         others = (offs < size) & (offs != token)
         z = tl.load(row + offs, mask=offs < size, other=0.0)
@@ -101,6 +120,9 @@ def sums_kernel(
             lowered = weighted + tl.where(total > 0, total * (old - base), 0.0)
             weighted = lowered * scale + tl.sum(tl.where(e > 0, e * u_low, 0.0), axis=1)
         total = total * scale + tl.sum(e, axis=1)
+        if ODDS >= 0:
+            near = tl.exp(u - picked) * slope(z, inner, outer, SOFTCAP, WIDE)
+            tl.store(odds_row + offs, rounded(near, ODDS), mask=offs < size)
         if ANCHOR:
             z = tl.load(anchor_row + offs, mask=offs < size, other=0.0)
             v = tl.where(others, scores(z, inner, outer, SOFTCAP, WIDE), float("-inf"))
@@ -146,6 +168,8 @@ def row_kernel(
     anchor_logprobs,
     kls,
     state,  # [N, STATE] fp64
+    odds,  # [N, V], of the sampled token here
+    factors,  # [N]
     run,
     stride,
     jump,
@@ -160,13 +184,18 @@ def row_kernel(
     ANCHOR: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXACT: tl.constexpr,
+    ODDS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One row from its pieces, in fp64; 0 of a row that is not kept."""
+    """One row from its pieces, in fp64; 0 of a row that is not kept.
+
+    The gradient of its log-prob is factor * odds. A factor of 1 says that the odds do not fit.
+    """
     n = tl.program_id(0).to(tl.int64)
     logp = tl.full([], 0.0, tl.float64)
     entropy, logq, kl, shift, mean = logp, logp, logp, logp, logp
     most, share, low, rest, anchor_most, anchor_share = logp, logp, logp, logp, logp, logp
+    factor = logp
     if tl.load(kept + n) != 0:
         token = tl.load(token_ids + n)
         row = row_at(logits, n, run, stride, jump)
@@ -180,6 +209,12 @@ def row_kernel(
         most, others, own, all_, weighted = with_token(piece_top, total, weighted, own_u)
         logp = -((most - own_u) + tl.log(all_))
         share, low, rest = 1.0 / all_, weighted / all_, others / all_
+        if ODDS >= 0:
+            factor = tl.where(logp < FAR, 1.0, -own / all_)
+            known = (token >= 0) & (token < size)
+            z = tl.load(row + token, mask=known, other=float("nan"))
+            of_token = -(others / own) * slope(z, inner, outer, SOFTCAP, WIDE)
+            tl.store(odds + n * size + token, rounded(of_token, ODDS), mask=known)
         if ENTROPY:
             entropy = tl.log(all_) - low
         if ANCHOR:
@@ -216,6 +251,8 @@ def row_kernel(
     tl.store(entropies + n, entropy)
     tl.store(anchor_logprobs + n, logq)
     tl.store(kls + n, kl)
+    if ODDS >= 0:
+        tl.store(factors + n, factor)
     place = state + n * STATE
     tl.store(place, most)
     tl.store(place + 1, share)
@@ -252,10 +289,12 @@ def gradient_kernel(
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
     CODE: tl.constexpr,
+    CLEAR: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    """d(upstream . statistics)/d(logits) over one piece of one row; 0 in a row that is not kept.
+    """d(upstream . statistics)/d(logits) over one piece of one row.
 
+    CLEAR: a row that is not kept gets 0; else it is left as it is.
     Traffic: reads logits, and for an exact KL the anchor; writes out.
     """
     pid = tl.program_id(0).to(tl.int64)
@@ -267,10 +306,8 @@ def gradient_kernel(
     first = (pid % PIECES).to(tl.int32) * PIECE
     end = tl.minimum(first + PIECE, size)
     if tl.load(kept + n) == 0:
-        zero = tl.zeros([VECTORS, LANES], tl.float32)
-        for begin in range(first, end, VECTORS * LANES):
-            offs = begin + lanes
-            tl.store(out_row + offs, rounded(zero, CODE), mask=offs < size)
+        if CLEAR:
+            _clear(out_row, first, end, size, lanes, CODE, VECTORS)
         return
     token = tl.load(token_ids + n)
     dlogp, dentropy = tl.load(upstream + n * 3), tl.load(upstream + n * 3 + 1)
@@ -297,6 +334,17 @@ def gradient_kernel(
                 du += dkl * (p - tl.exp(v - anchor_most) * anchor_share)
         dz = du * slope(z, inner, outer, SOFTCAP, WIDE)
         tl.store(out_row + offs, rounded(dz, CODE), mask=offs < size)
+
+
+@triton.jit
+def scaled_kernel(values, out, factor, size, CODE: tl.constexpr, BLOCK: tl.constexpr):
+    """out = values * factor, rounded once to the dtype of CODE; both contiguous, `size` elements.
+
+    Traffic: reads values, writes out.
+    """
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(values + offs, mask=offs < size, other=0.0, eviction_policy="evict_first")
+    tl.store(out + offs, rounded(x * tl.load(factor).to(x.dtype), CODE), mask=offs < size)
 
 
 @triton.jit(do_not_specialize=["run"])

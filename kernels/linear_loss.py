@@ -2,8 +2,9 @@
 
 GEMMs make logits in fp32, on which the kernels of `loss.py` work. The loss makes its gradients in
 the forward pass, while it has the logits of some rows: those of a block of rows in bf16, before the
-coefficients of the rows are known, which scale the rows of two more GEMMs instead. The backward
-pass of the statistics has the vocabulary as its outer loop, and a tile of logits at a time.
+normalizers and the coefficients of the rows are known, which scale the rows of two more GEMMs
+instead. The backward pass of the statistics has the vocabulary as its outer loop, so that it sums
+the gradient of the weight a tile at a time.
 
 Rows outside a mask that the host has are left out first. Of a mask on the GPU no GEMM is told how
 many rows it keeps, which would wait for the GPU: a masked row costs its share of the GEMMs, though
@@ -28,17 +29,24 @@ from warp_fast._objective import (
 from warp_fast._objective import Rows as Tokens
 from warp_fast._precision import as_given
 from warp_fast._slices import cut, groups, within
-from warp_fast.kernels.loss import Found, Rows, check_on_host, row_gradient, row_statistics
+from warp_fast.kernels.loss import (
+    Found,
+    Odds,
+    Rows,
+    check_on_host,
+    row_gradient,
+    row_statistics,
+)
 from warp_fast.reference.linear_loss import Heads, LinearLoss
 from warp_fast.reference.loss import Stats
 
 # rows whose logits are alive, all columns: 0.4 GiB of 256k tokens
 _PART = 384
-# Rows whose gradients of logits are kept: 1.5 GiB in bf16. The gradient of the weight is read and
-# written in fp32 once for so many: a fifteenth of the time of the GEMMs, whatever V and D are.
-_BLOCK = 3072
-# a tile of the backward pass: 256 MiB
-_ROWS, _COLUMNS = 4096, 16384
+# Rows whose gradients of logits are kept: 1 GiB in bf16. The gradient of the weight is read and
+# written in fp32 once for so many: a tenth of the time of the GEMMs, whatever V and D are.
+_BLOCK = 2048
+# a tile of the backward pass: 128 MiB
+_ROWS, _COLUMNS = 4096, 8192
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -58,12 +66,13 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right, out_dtype=dtype)
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, summed in the dtype of total."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, begin: bool = False) -> None:
+    """total += left @ right, summed in the dtype of total; to begin, total = left @ right."""
+    wider = {} if left.dtype == total.dtype else {"out_dtype": total.dtype}
+    if begin:
+        torch.mm(left, right, out=total, **wider)
     else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, out=total, **wider)
 
 
 class _Logits:
@@ -116,10 +125,11 @@ class _Gradients:
     Attributes:
         rounded: dtype that those gradients have.
         operands: hidden and weight as their GEMMs take them.
-        states: [N, D] of hidden; weight: [V, D]; both in the dtype of the computation.
+        states: [N, D] of hidden; weight: [V, D] or, of a tile of columns, its first rows; both in
+            the dtype of the computation.
     """
 
-    def __init__(self, heads: Heads, needs: tuple[bool, bool]) -> None:
+    def __init__(self, heads: Heads, needs: tuple[bool, bool], columns: int) -> None:
         dtype = heads.compute_dtype
         hidden, weight = heads[:2]
         both_bf16 = hidden.dtype == weight.dtype == torch.bfloat16
@@ -128,29 +138,42 @@ class _Gradients:
         states, matrix = _operands(hidden, weight, dtype)
         operand = states.dtype if both_bf16 else dtype
         self.needs, self.operands = needs, (states.to(operand), matrix.to(operand))
-        self.states, self.weight = (
-            torch.zeros_like(of, dtype=dtype) if need else of.new_empty(0, dtype=dtype)
-            for of, need in zip((hidden, weight), needs, strict=True)
-        )
+        size, width = weight.shape
+        self.states = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype)
+        self.begin = True  # with the next product the sum for the weight, or for another tile of it
+        make = weight.new_empty if len(hidden) else weight.new_zeros
+        self.weight = make((min(columns, size), width) if needs[1] else 0, dtype=dtype)
 
     def add(
-        self, rows: slice, columns: slice, dlogits: Tensor, live: Tensor, scale: Tensor | None
+        self,
+        rows: slice,
+        columns: slice,
+        dlogits: Tensor,
+        live: Tensor,
+        scale: Tensor | None = None,
     ) -> None:
-        """Two GEMMs; rows that are not live may hold anything.
+        """Two GEMMs, of which that for the weight adds to the one before.
 
+        live: [n], rows that have a gradient; in the sum for the weight others may hold anything.
         scale: [n], what the gradients of the logits of a row are to be multiplied by.
         """
         states, matrix = (x[part] for x, part in zip(self.operands, (rows, columns), strict=True))
         dlogits = dlogits.to(matrix.dtype)
-        if self.needs[0]:
-            # NaN of a row without a gradient must not reach the sum, nor that of its states below
+        if self.needs[0] and scale is None:
+            _accumulate(self.states[rows], dlogits, matrix)
+        elif self.needs[0]:
             found = _product(dlogits, matrix, self.states.dtype)
-            found = found if scale is None else found * scale[:, None]
-            self.states[rows] += torch.where(live[:, None], found, 0)
+            self.states[rows].addcmul_(found, scale[:, None])
         if self.needs[1]:
             states = states if scale is None else (states * scale[:, None]).to(states.dtype)
+            # NaN of a row without a gradient must not reach the sum
             states = torch.where(live[:, None], states, 0)
-            _accumulate(self.weight[columns], dlogits.T, states)
+            _accumulate(self.weight[: dlogits.shape[1]], dlogits.T, states, self.begin)
+            self.begin = False
+
+    def of_hidden(self, live: Tensor) -> Tensor:
+        """[N, D], 0 in the rows that have no gradient; empty if not needed."""
+        return torch.where(live[:, None], self.states, 0) if self.needs[0] else self.states
 
 
 def linear_token_stats_triton(
@@ -178,6 +201,7 @@ def linear_token_stats_backward_triton(
     needs: tuple[bool, bool],
     state: Tensor | None = None,
     host_mask: Tensor | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_token_stats_backward_reference`, without waiting for the GPU.
 
@@ -186,18 +210,19 @@ def linear_token_stats_backward_triton(
     Traffic: 2 N V D flops for each head, and 2 N V D for each gradient.
     Numerics: the gradient of the logits is rounded to bf16 where hidden and weight are bf16, and
         else stays fp32 (so do its GEMMs, which for fp16 are slow: fp16 would lose small gradients).
-        dweight is summed in fp32 over all rows.
+        dweight, returned in weight_dtype, is summed in fp32, a tile of the vocabulary at a time.
     """
+    dtype = weight_dtype or upstream.dtype
     if not exact_kl:
         heads = heads._replace(anchor_hidden=None, anchor_weight=None)
     if state is None:
         live = (upstream != 0).any(1)
         state = linear_token_stats_triton(heads, token_ids, live, exact_kl, True).state
     if host_mask is None:
-        return _backward(upstream, heads, token_ids, exact_kl, needs, state)
+        return _backward(upstream, heads, token_ids, exact_kl, needs, state, dtype)
     index = _index(host_mask, upstream.device)
     upstream, token_ids, state = (x[index] for x in (upstream, token_ids, state))
-    found, dweight = _backward(upstream, heads.at(index), token_ids, exact_kl, needs, state)
+    found, dweight = _backward(upstream, heads.at(index), token_ids, exact_kl, needs, state, dtype)
     return _spread(found, index, len(host_mask)) if needs[0] else found, dweight
 
 
@@ -218,11 +243,13 @@ def _backward(
     exact_kl: str,
     needs: tuple[bool, bool],
     state: Tensor,
+    weight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     live = (upstream != 0).any(1)
+    dweight = heads.weight.new_empty(heads.weight.shape if needs[1] else 0, dtype=weight_dtype)
     with as_given(upstream.device.type):
         logits = _Logits(heads, token_ids, live, exact_kl)
-        gradients = _Gradients(heads, needs)
+        gradients = _Gradients(heads, needs, _COLUMNS)
         for columns in cut(slice(0, len(heads.weight)), _COLUMNS):
             for part in cut(slice(0, len(token_ids)), max(1, _ROWS // logits.at_once)):
                 rows = logits.rows(part, columns)
@@ -230,8 +257,11 @@ def _backward(
                 if out.dtype != gradients.rounded:
                     out = torch.empty_like(out, dtype=gradients.rounded)
                 row_gradient(rows, state[part].contiguous(), upstream[part].contiguous(), out)
-                gradients.add(part, columns, out, live[part], None)
-    return gradients.states, gradients.weight
+                gradients.add(part, columns, out, live[part])
+            if needs[1]:
+                gradients.begin = True
+                dweight[columns] = gradients.weight[: columns.stop - columns.start]
+    return gradients.of_hidden(live), dweight
 
 
 def linear_loss_triton(
@@ -278,16 +308,19 @@ def _loss(
         out = Found.empty(heads.hidden, len(tokens.mask), heads.compute_dtype)
         with as_given(heads.hidden.device.type):
             logits = _Logits(heads, tokens.token_ids, tokens.mask, exact_kl)
-            making = _Making(logits, _Gradients(heads, needs), out, tokens, terms, entropy)
+            gradients = _Gradients(heads, needs, len(heads.weight))
+            making = _Making(logits, gradients, out, tokens, terms, entropy)
             for group in groups(len(tokens.mask), lengths, making.block):
                 making.add_group(group)
-        gradients = making.gradients.states, making.gradients.weight
+        del making
     else:
         out = linear_token_stats_triton(heads, tokens.token_ids, tokens.mask, exact_kl, entropy)
-        gradients = out.logprobs.new_empty(0), out.logprobs.new_empty(0)
     stats = with_given_anchor(Stats(*out[:4]), terms)
     total, upstream = objective(tokens, stats, terms), slopes(tokens, stats, terms)
-    return LinearLoss(total, *out, upstream, *gradients)
+    if not any(needs):
+        return LinearLoss(total, *out, upstream, *[out.logprobs.new_empty(0)] * 2)
+    dhidden = gradients.of_hidden((upstream != 0).any(1))
+    return LinearLoss(total, *out, upstream, dhidden, gradients.weight)
 
 
 @dataclass
@@ -307,6 +340,7 @@ class _Making:
         self.dlogits = of.new_empty(
             (min(self.block, len(of)), vocabulary), dtype=self.gradients.rounded
         )
+        self.factors = self.out.logprobs.new_empty(len(self.dlogits))
 
     def add_group(self, group: slice) -> None:
         """Rows whose coefficients depend on no other row; the last block is made only once."""
@@ -320,22 +354,21 @@ class _Making:
                 for part in cut(block, _PART):
                     self._put(self.logits.rows(part), block, part, given[within(block, part)])
             elif not self.logits.exact_kl:
-                scale = given[:, 0]
+                scale = given[:, 0] * self.factors[: len(given)]
             dlogits = self.dlogits[: len(given)]
             self.gradients.add(block, slice(None), dlogits, (given != 0).any(1), scale)
 
     def _add_statistics(self, block: slice, keep: bool) -> None:
-        """And, to keep, the gradients of the logits: the exact KL knows their coefficients by now,
-        the others are of the log-prob itself."""
+        """And, to keep, the gradients of the logits: of the loss where the coefficients of a row
+        are known by now, which are those of an exact KL, else of the log-prob itself."""
         for part in cut(block, _PART):
-            rows, out = self.logits.rows(part), self.out.at(part)
-            row_statistics(rows, out, self.entropy)
+            rows, out, odds = self.logits.rows(part), self.out.at(part), None
+            if keep and not self.logits.exact_kl:
+                place = within(block, part)
+                odds = Odds(self.dlogits[place], self.factors[place])
+            row_statistics(rows, out, self.entropy, odds)
             if keep and self.logits.exact_kl:
                 self._put(rows, block, part, self._slopes(part))
-            elif keep:
-                of_logprobs = out.logprobs.new_zeros((len(out.logprobs), 3))
-                of_logprobs[:, 0] = 1
-                self._put(rows, block, part, of_logprobs)
             del rows
             self.logits.add_anchor(part, out)
 

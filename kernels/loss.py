@@ -18,6 +18,7 @@ from warp_fast.kernels._rows import (
     gradient_kernel,
     row_kernel,
     scale_kernel,
+    scaled_kernel,
     sums_kernel,
 )
 from warp_fast.kernels._table import CODE, copied_back, on_device
@@ -26,6 +27,7 @@ from warp_fast.reference.loss import compute_dtype
 _WARPS = 4
 # bytes of an element -> vectors of 8 elements at a time: as many as fit in registers
 _VECTORS = {2: 64 * _WARPS, 4: 32 * _WARPS, 8: 16 * _WARPS}
+_BLOCK = 2048  # elements that a program scales
 _PIECE = 1 << 15  # elements of a program: 8 programs for a row of 256k
 
 
@@ -124,8 +126,20 @@ class Found(NamedTuple):
         return Found(*[values[part] for values in self])
 
 
-def row_statistics(rows: Rows, out: Found, entropy: bool) -> None:
-    """Write the statistics and the state of each kept row, 0 for the others."""
+class Odds(NamedTuple):
+    """The gradient of the log-prob of row n is factors[n] * values[n].
+
+    values: [N, V], p_v / p_token times the slope of the score; of the token what makes it a
+        gradient. Not in need of what is not known before the pass over the logits ends.
+    factors: [N], -p_token; 0 of a row that is not kept.
+    """
+
+    values: Tensor
+    factors: Tensor
+
+
+def row_statistics(rows: Rows, out: Found, entropy: bool, odds: Odds | None = None) -> None:
+    """Write the statistics and the state of each kept row, 0 for the others, and the odds."""
     count, size = rows.shape
     if not count:
         return
@@ -133,14 +147,17 @@ def row_statistics(rows: Rows, out: Found, entropy: bool) -> None:
     sums = out.logprobs.new_empty((count, rows.pieces, FIELDS.value))
     constants = rows.constants(out.logprobs.dtype)
     constants |= {"ANCHOR": rows.anchor is not None, "ENTROPY": entropy}
+    constants |= {"ODDS": -1 if odds is None else CODE[odds.values.dtype]}
+    made = (sums, sums) if odds is None else odds
     with on_device(rows.logits):
         sums_kernel[(count * rows.pieces,)](
-            *tensors, sums, *places, size, *factors, **rows.tiles, **constants
+            *tensors, sums, made[0], *places, size, *factors, **rows.tiles, **constants
         )
         row_kernel[(count,)](
             *tensors,
             sums,
             *out,
+            *made,
             *places,
             size,
             *factors,
@@ -148,10 +165,21 @@ def row_statistics(rows: Rows, out: Found, entropy: bool) -> None:
             num_warps=1,
             **constants,
         )
+    if odds is not None:
+        # rows whose odds do not fit; asking whether there are any would wait for the GPU
+        far = rows._replace(kept=(odds.factors > 0).view(torch.uint8))
+        of_logprobs = out.logprobs.new_zeros((count, 3))
+        of_logprobs[:, 0] = 1
+        row_gradient(far, out.state, of_logprobs, odds.values, clear=False)
 
 
-def row_gradient(rows: Rows, state: Tensor, upstream: Tensor, out: Tensor) -> None:
-    """Write dlogits to `out`, which may be the logits themselves; 0 in rows not kept."""
+def row_gradient(
+    rows: Rows, state: Tensor, upstream: Tensor, out: Tensor, clear: bool = True
+) -> None:
+    """Write dlogits to `out`, which may be the logits themselves.
+
+    clear: write 0 in rows not kept, which else are left as they are.
+    """
     count, size = rows.shape
     if not count:
         return
@@ -166,6 +194,7 @@ def row_gradient(rows: Rows, state: Tensor, upstream: Tensor, out: Tensor) -> No
             size,
             *factors,
             CODE=CODE[out.dtype],
+            CLEAR=clear,
             **rows.tiles,
             **rows.constants(upstream.dtype),
         )
@@ -225,6 +254,21 @@ def token_stats_backward_triton(
     row_gradient(rows, state.contiguous(), upstream.contiguous(), written)
     copied_back([dlogits], [written])
     return dlogits
+
+
+def scaled_triton(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * factor, a number on the device, rounded once to dtype.
+
+    Traffic: reads values and writes the result, once.
+    """
+    values = values.contiguous()
+    out, size = torch.empty_like(values, dtype=dtype), values.numel()
+    if size:
+        with on_device(values):
+            scaled_kernel[(triton.cdiv(size, _BLOCK),)](
+                values, out, factor, size, CODE=CODE[dtype], BLOCK=_BLOCK, num_warps=_WARPS
+            )
+    return out
 
 
 def scale_triton_(values: Tensor, factor: Tensor) -> None:

@@ -153,12 +153,13 @@ def slerp_variants(kernels: Any) -> Iterator[Variant]:
 
 
 # (logits, anchor, exact KL, softcap, V): no anchor; a sampled KL; each exact KL; the fp32 logits of
-# a head; an odd vocabulary; fp64
+# a head, with an exact KL and with the odds; an odd vocabulary; fp64
 LOSSES: list[tuple[str, str | None, str, bool, int]] = [
     ("bf16", None, "", True, 256128),
     ("bf16", "bf16", "", True, 256128),
     ("bf16", "bf16", "reverse", True, 256128),
     ("fp32", "fp32", "reverse", True, 256128),
+    ("fp32", None, "", True, 256128),
     ("bf16", "bf16", "reverse", False, 50257),
     ("fp16", "fp16", "forward", True, 262144),
     ("fp64", "fp64", "reverse", True, 1024),
@@ -178,7 +179,7 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
         types |= dict.fromkeys(("sums", "upstream", "logprobs", "entropies"), f"*{fine}")
         types |= dict.fromkeys(("anchor_logprobs", "kls"), f"*{fine}")
         types |= dict.fromkeys((*places, "run", "size"), "i32")
-        types |= {"inner": "fp64", "outer": "fp64"}
+        types |= {"inner": "fp64", "outer": "fp64", "odds": f"*{out}", "factors": f"*{fine}"}
         constants: dict[str, int] = {
             "PIECES": -(-size // kernels._PIECE),
             "SOFTCAP": softcap,
@@ -188,16 +189,19 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
         vectors = kernels._VECTORS[{"fp32": 4, "fp64": 8}.get(logits, 2)]
         tiles: dict[str, int] = {"PIECE": kernels._PIECE, "VECTORS": vectors}
         sums: dict[str, int] = {"ANCHOR": anchor is not None, "ENTROPY": entropy}
+        # of a head's logits without an exact KL
+        sums["ODDS"] = CODE[out] if logits == "fp32" and not exact else -1
         pieces = constants["PIECES"]
         padded: dict[str, int] = {"PADDED": 1 << (pieces - 1).bit_length()}
         variants: dict[str, dict[str, int]] = {
             "sums_kernel": sums | tiles,
             "row_kernel": sums | padded,
-            "gradient_kernel": tiles | {"CODE": CODE[out]},
+            "gradient_kernel": tiles | {"CODE": CODE[out], "CLEAR": True},
         }
         for kernel, more in variants.items():
+            suffix = " odds" * (more.get("ODDS", -1) >= 0) + " unaligned" * (size % 16 != 0)
             yield Variant(
-                f"loss {kernel} {logits} {anchor} {exact}{'' if size % 16 == 0 else ' unaligned'}",
+                f"loss {kernel} {logits} {anchor} {exact}{suffix}",
                 kernel,
                 types,
                 constants | more,
@@ -207,6 +211,14 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
                 },
                 (*places, "size") if size % 16 == 0 else (),
             )
+    yield Variant(
+        "loss scaled_kernel",
+        "scaled_kernel",
+        {"values": "*fp32", "out": "*bf16", "factor": "*fp32", "size": "i64"},
+        {"CODE": CODE["bf16"], "BLOCK": kernels._BLOCK},
+        {"num_warps": kernels._WARPS, "enable_fp_fusion": False},
+        ("size",),
+    )
     types = dict.fromkeys(("run", "stride", "jump", "size"), "i32")
     for code, bytes_, size in (("bf16", 2, 262144), ("fp32", 4, 262144), ("bf16", 2, 50257)):
         unaligned = size % 16 != 0

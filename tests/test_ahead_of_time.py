@@ -42,7 +42,7 @@ def test_triton_kernels_compile_without_spills(op: str, tmp_path: Path) -> None:
             continue
         promised = "unaligned" not in name
         assert (made["wide_loads"] > 0) == promised, made
-        writes = op != "gram" and "sums_kernel" not in name
+        writes = op != "gram" and ("sums_kernel" not in name or "odds" in name)
         assert (made["wide_stores"] > 0) == (promised and writes), made
     # the bits of the EMA and of merged weights are those of unfused fp32 arithmetic, and a score of
     # the loss is the same in both passes over a row; exp and division in fp64 hold such fp32 ones

@@ -53,13 +53,15 @@ def test_gemms_of_16_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -
     """Those that a GPU takes, with stand-ins for what torch has on GPUs alone: out_dtype."""
     mm, addmm, seen = torch.mm, torch.addmm, []
 
-    def wide_mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    def wide_mm(a: Tensor, b: Tensor, out_dtype: Any = None, out: Tensor | None = None) -> Tensor:
         seen.append(a.dtype)
-        return mm(a, b) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
+        return mm(a.to(out_dtype or a.dtype), b.to(out_dtype or b.dtype), out=out)
 
-    def wide_addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: Any, out: Tensor) -> Tensor:
+    def wide_addmm(
+        total: Tensor, a: Tensor, b: Tensor, out: Tensor, out_dtype: Any = None
+    ) -> Tensor:
         seen.append(a.dtype)
-        return addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)
+        return addmm(total, a.to(out_dtype or a.dtype), b.to(out_dtype or b.dtype), out=out)
 
     leaves, anchor, ids = problem("linear", 3, 9, dtype)
     upstream = torch.randn(3, 3) * some_mask(3)[:, None]
@@ -74,7 +76,7 @@ def test_gemms_of_16_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -
         assert a.dtype == b.dtype
         assert_close("of 16 bits", a, b.double(), b)
     # logits of both in the two passes, then hidden and weight, where fp16 would lose small numbers
-    assert seen == [dtype] * 4 + ([BF16] * 2 if dtype == BF16 else [FP32])
+    assert seen == [dtype] * 4 + [BF16 if dtype == BF16 else FP32] * 2
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])

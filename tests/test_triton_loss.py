@@ -26,6 +26,7 @@ from tests.loss_rows import (
     problem,
     some_mask,
 )
+from warp_fast.reference.loss import scaled_reference
 
 # numpy says so where the kernels compute both sides of a choice
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -282,6 +283,15 @@ def test_batches_apart(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
 def test_scaling(dtype: torch.dtype) -> None:
     check_scaling(kernels.scale_triton_, dtype)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4097])
+@pytest.mark.parametrize("dtypes", [(FP32, BF16), (FP32, FP16), (FP64, FP32)], ids=str)
+def test_scaled_is_rounded_once(dtypes: tuple[torch.dtype, torch.dtype], size: int) -> None:
+    values = torch.randn(size, dtype=dtypes[0], device=DEVICE)
+    factor = torch.tensor(1.3, dtype=dtypes[0], device=DEVICE)
+    found = kernels.scaled_triton(values, factor, dtypes[1])
+    assert torch.equal(found, scaled_reference(values, factor, dtypes[1]))
 
 
 PUBLIC = """

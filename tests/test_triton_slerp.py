@@ -1,6 +1,7 @@
 """The Triton Gram and apply passes: Grams against fp64, merged weights bit for bit.
 
-On CUDA tensors where there is a GPU, those of csrc/ as well; else on CPU tensors under the interpreter of Triton.
+On CUDA tensors where there is a GPU, and those of csrc/ as well; else on CPU tensors under the
+interpreter of Triton.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from warp_fast._backend import MISSING
 from warp_fast.native import slerp as native
+from warp_fast.native._addresses import extension
 from warp_fast.reference.slerp import gram_reference, slerp_apply_reference_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,8 +226,18 @@ def test_infinite_weights_show_in_the_gram() -> None:
     )
 
 
+# (gram, elements of its blocks, apply, elements of its blocks, where it finds `launches_of`)
+FAR = [(GRAMS[0], gram_pass.tiling(2)[1], APPLIES[0], apply_pass._BLOCK, apply_pass)]
+if len(GRAMS) > 1:
+    module = extension()
+    FAR.append((GRAMS[1], module.GRAM_CHUNK, APPLIES[1], module.APPLY_BLOCK, tables))
+
+
 @pytest.mark.parametrize("shift", [2**31, 2**33])
-def test_elements_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
+@pytest.mark.parametrize("far", FAR, ids=["triton", "cuda"][: len(FAR)])
+def test_elements_past_2_to_the_31(
+    monkeypatch: pytest.MonkeyPatch, far: tuple[Any, int, Any, int, Any], shift: int
+) -> None:
     """The tables are rewritten so that the blocks lie `shift` elements after their base address."""
 
     def shifted(module: Any, block: int, counts_blocks: bool) -> None:
@@ -243,11 +255,17 @@ def test_elements_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, shift: int) 
 
         monkeypatch.setattr(module, "launches_of", launches_of)
 
-    shifted(tables, gram_pass.tiling(2)[1], True)  # those of the Gram pass
-    shifted(apply_pass, apply_pass._BLOCK, False)
+    gram, chunk, apply, block, module = far
+    this = sys.modules[__name__]
     init, policies = weights(2)
-    check_gram(init, policies)
-    check_apply(init, policies)
+    with monkeypatch.context() as monkeypatch:
+        monkeypatch.setattr(this, "GRAMS", [gram])
+        shifted(tables, chunk, True)
+        check_gram(init, policies)
+    with monkeypatch.context() as monkeypatch:
+        monkeypatch.setattr(this, "APPLIES", [apply])
+        shifted(module, block, False)
+        check_apply(init, policies)
 
 
 PUBLIC = """

@@ -93,17 +93,33 @@ def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.made = [part.detach() if need else None for part, need in made]
 
 
-def _scaled(made: Tensor | None, scale: Tensor, of: Tensor) -> Tensor | None:
-    """A gradient made in the forward pass, in one pass over it."""
-    if made is None:
-        return None
-    dtype = gradient_dtype(of)
-    if made.dtype == dtype:
-        return made.mul_(scale)
-    return torch.mul(made, scale, out=torch.empty_like(made, dtype=dtype))
+_SCALED_SCHEMA = "(Tensor values, Tensor factor, ScalarType dtype) -> Tensor"
 
 
-def _linear_loss_autograd(backward: Any) -> Kernel:
+def _define_scaled(backend: str, kernel: Kernel, device: str | None = None) -> Any:
+    def fake(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(values, dtype=dtype, memory_format=torch.contiguous_format)
+
+    return define(f"scaled_{backend}", _SCALED_SCHEMA, kernel, fake, device)
+
+
+# values * factor, rounded once: the gradient of a weight from its sum in fp32, in one pass
+SCALED = {
+    "reference": _define_scaled("reference", reference_loss.scaled_reference),
+    "triton": _define_scaled("triton", triton("loss", "scaled_triton"), TRITON_DEVICE),
+    "cpp": _define_scaled("cpp", reference_loss.scaled_reference, "cpu"),
+}
+
+
+def _linear_loss_autograd(backward: Any, scaled: Any) -> Kernel:
+    def final(made: Tensor | None, scale: Tensor, of: Tensor) -> Tensor | None:
+        """A gradient made in the forward pass, in one pass over it."""
+        if made is None:
+            return None
+        dtype = gradient_dtype(of)
+        found: Tensor = made.mul_(scale) if made.dtype == dtype else scaled(made, scale, dtype)
+        return found
+
     def again(ctx: Any, dtotal: Tensor | None, *of_stats: Tensor | None) -> Gradients:
         """The gradients for any upstream, from the logits made again."""
         hidden, weight, *anchor, token_ids, mask, host_mask, state, slopes = ctx.saved_tensors
@@ -112,7 +128,7 @@ def _linear_loss_autograd(backward: Any) -> Kernel:
         if dtotal is not None:
             upstream = upstream + slopes * dtotal
         needs = ctx.needs_input_grad[:2]
-        rest = (*anchor, *ctx.head, *needs, kept_state(state), host_mask)
+        rest = (*anchor, *ctx.head, *needs, kept_state(state), host_mask, gradient_dtype(weight))
         found = backward(upstream, hidden, weight, token_ids, *rest)
         return rounded(found, (hidden, weight), needs)
 
@@ -126,7 +142,7 @@ def _linear_loss_autograd(backward: Any) -> Kernel:
         parts: Gradients
         if there and of_total_alone and dtotal is not None:
             of = ctx.saved_tensors[:2]
-            parts = [_scaled(part, dtotal, like) for part, like in zip(made, of, strict=True)]
+            parts = [final(part, dtotal, like) for part, like in zip(made, of, strict=True)]
         else:
             parts = again(ctx, dtotal, *of_stats)
         return *parts, *[None] * 20
@@ -139,7 +155,7 @@ def _define_loss(backend: str, kernel: Kernel, device: str | None = None, state:
     name, fake = f"linear_loss_{backend}", _fake_linear_loss(state)
     op = define(name, _LINEAR_LOSS_SCHEMA, _grouped(kernel), fake, device)
     back = getattr(torch.ops.warp_fast, f"linear_token_stats_backward_{backend}").default
-    gradient = _linear_loss_autograd(back)
+    gradient = _linear_loss_autograd(back, SCALED[backend])
     torch.library.register_autograd(op, gradient, setup_context=_save_linear_loss)
     return op
 

@@ -36,7 +36,7 @@ _LINEAR_STATS_SCHEMA = (
 _LINEAR_STATS_BACKWARD_SCHEMA = (
     "(Tensor upstream, Tensor hidden, Tensor weight, Tensor token_ids, Tensor? anchor_hidden, "
     f"Tensor? anchor_weight, {_HEAD}, bool needs_hidden, bool needs_weight, "
-    "Tensor? state=None, Tensor? host_mask=None) -> (Tensor, Tensor)"
+    "Tensor? state=None, Tensor? host_mask=None, ScalarType? weight_dtype=None) -> (Tensor, Tensor)"
 )
 
 
@@ -55,7 +55,8 @@ def _fake_stats(state: int) -> Kernel:
 def _fake_linear_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return fake_gradients((hidden, weight), rest[6:8], upstream.dtype)
+    first, second = fake_gradients((hidden, weight), rest[6:8], upstream.dtype)
+    return first, second.to(rest[10] if len(rest) > 10 and rest[10] else upstream.dtype)
 
 
 def fake_gradients(
@@ -77,7 +78,8 @@ def _on_heads(kernel: Kernel) -> Kernel:
 
 
 def _backward_on_heads(kernel: Kernel) -> Kernel:
-    """Their gradient by one of (upstream, heads, token_ids, exact_kl, needs, state, host_mask)."""
+    """Their gradient by one that takes (upstream, heads, token_ids, exact_kl, needs, state,
+    host_mask, weight_dtype)."""
 
     def run(upstream: Tensor, hidden: Tensor, weight: Tensor, token_ids: Tensor, *rest: Any) -> Any:
         *anchor_and_head, exact_kl, needs_hidden, needs_weight = rest[:7]
@@ -148,9 +150,8 @@ def _linear_stats_autograd(backward: Any) -> Kernel:
         hidden, weight, token_ids, mask, *anchor, state = ctx.saved_tensors
         upstream = upstream_of(mask, gradients[0], gradients[1], gradients[3])
         needs = tuple(ctx.needs_input_grad[:2])
-        found = backward(
-            upstream, hidden, weight, token_ids, *anchor, *ctx.head, *needs, kept_state(state)
-        )
+        rest = (*anchor, *ctx.head, *needs, kept_state(state), None, gradient_dtype(weight))
+        found = backward(upstream, hidden, weight, token_ids, *rest)
         return *rounded(found, (hidden, weight), needs), *[None] * 8
 
     return gradient

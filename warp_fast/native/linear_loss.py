@@ -85,11 +85,12 @@ def linear_token_stats_backward_cpp(
     needs: tuple[bool, bool],
     state: Tensor | None = None,
     host_mask: Tensor | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3], in fp32; empty where not needed."""
+    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3], as those of the reference."""
     if upstream.dtype == torch.float64:
         return reference.linear_token_stats_backward_reference(
-            upstream, heads, token_ids, exact_kl, needs
+            upstream, heads, token_ids, exact_kl, needs, weight_dtype=weight_dtype
         )
     if state is None:
         state = linear_token_stats_cpp(heads, token_ids, upstream.any(1), exact_kl, True)[-1]
@@ -107,7 +108,7 @@ def linear_token_stats_backward_cpp(
     dhidden = torch.zeros(heads.hidden.shape if needs[0] else 0, dtype=torch.float32)
     if needs[0]:
         dhidden[rows] = gradients.states
-    return dhidden, gradients.weight
+    return dhidden, gradients.weight.to(weight_dtype or torch.float32)
 
 
 def linear_loss_cpp(

@@ -100,10 +100,12 @@ def linear_token_stats_backward_reference(
     needs: tuple[bool, bool],
     state: Tensor | None = None,
     host_mask: Tensor | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3], in its dtype.
+    """(dhidden [N, D], dweight [V, D]) from upstream [N, 3], summed in its dtype.
 
-    What is not needed comes empty. state, host_mask: of other backends.
+    What is not needed comes empty. weight_dtype: that of the dweight returned, if another. state,
+    host_mask: of other backends.
     """
     hidden, weight, anchor_hidden, anchor_weight, temperature, softcap = heads
     needs_hidden, needs_weight = needs
@@ -133,7 +135,7 @@ def linear_token_stats_backward_reference(
                 dhidden[piece] = dlogits @ head
             if needs_weight:
                 dweight.addmm_(dlogits.T, states)
-    return dhidden, dweight
+    return dhidden, dweight.to(weight_dtype or dtype)
 
 
 def linear_loss_reference(

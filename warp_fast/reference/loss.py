@@ -166,6 +166,11 @@ def scale_reference_(values: Tensor, factor: Tensor) -> None:
         values.mul_(factor)
 
 
+def scaled_reference(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * factor, rounded once to dtype."""
+    return torch.mul(values, factor, out=torch.empty_like(values, dtype=dtype))
+
+
 def sequence_sums_reference(values: Tensor, sequence: Tensor, count: int) -> Tensor:
     """[count]: the sum of each sequence, in fp64 between, and in the same order every time.
 
