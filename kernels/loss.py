@@ -25,8 +25,8 @@ from warp_fast.kernels._table import CODE, copied_back, on_device
 from warp_fast.reference.loss import compute_dtype
 
 _WARPS = 4
-# bytes of an element -> vectors of 8 elements at a time: as many as fit in registers
-_VECTORS = {2: 64 * _WARPS, 4: 32 * _WARPS, 8: 16 * _WARPS}
+# bytes of an element -> vectors of 8 elements at a time
+_VECTORS = {2: 32 * _WARPS, 4: 32 * _WARPS, 8: 16 * _WARPS}
 _BLOCK = 2048  # elements that a program scales
 _PIECE = 1 << 15  # elements of a program: 8 programs for a row of 256k
 

@@ -24,6 +24,13 @@ def local(tensor: Tensor) -> Tensor:
     return found
 
 
+def all_local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`local` of each."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return list(tensors)
+    return [local(tensor) for tensor in tensors]
+
+
 def with_local(shard: Tensor, like: Tensor) -> Tensor:
     """The tensor laid out as `like` of which this rank holds `shard`."""
     if not is_sharded(like):

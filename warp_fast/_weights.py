@@ -103,8 +103,8 @@ def matched(
     ours = layout.tensors(init)
     if not ours:
         raise ValueError("init must hold at least one tensor; got none")
-    if len(devices := {str(tensor.device) for tensor in ours}) > 1:
-        raise ValueError(f"init must be on one device; got tensors on {sorted(devices)}")
+    if len(devices := {tensor.device for tensor in ours}) > 1:
+        raise ValueError(f"init must be on one device; got tensors on {sorted(map(str, devices))}")
     result: list[Tensor] = []
     for m, policy in enumerate(policies):
         _check_form(f"{role} {m}", init, policy)

@@ -67,7 +67,7 @@ def ema_update_(
     op = _ops.EMA_UPDATE[resolve("ema", backend, averages[0].device)]
     if number == 0 and device_rate is None:
         return ema  # where 0 times what diverged would be NaN
-    shards = [[_sharded.local(x) for x in tensors] for tensors in (averages, values, remainders)]
+    shards = [_sharded.all_local(tensors) for tensors in (averages, values, remainders)]
     first = _first_indices(averages, stochastic)
     with torch.no_grad():
         op(*shards, number, device_rate, stochastic, seed, step, first)

@@ -56,8 +56,9 @@ def _gram(
 ) -> Tensor:
     op = _ops.GRAM[resolve("slerp", backend, init[0].device)]
     mesh = _sharded.common_mesh(init)
-    counted, ends = ([_counted(x, mesh) for x in tensors] for tensors in (init, policies))
-    result: Tensor = op(counted, ends, layout.segment, len(layout.names))
+    if mesh is not None:
+        init, policies = ([_counted(x, mesh) for x in each] for each in (init, policies))
+    result: Tensor = op(init, policies, layout.segment, len(layout.names))
     _sharded.sum_over_ranks_(result, mesh)
     return result
 
@@ -182,7 +183,7 @@ def _merge(
     # while a GPU is at that: what follows waits for it
     results = _outputs(layout, init, out, len(etas), several)
     written = [tensor for result in results for tensor in layout.tensors(result)]
-    shards = [[_sharded.local(x) for x in tensors] for tensors in (written, starts, ends)]
+    shards = [_sharded.all_local(tensors) for tensors in (written, starts, ends)]
     if method == "slerp":
         coefficients = _coefficients(products.cpu(), layout.names)
     else:
