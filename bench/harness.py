@@ -174,7 +174,8 @@ def gate(provider: Provider) -> Result:
     try:
         result.error = provider.error()
     except Exception as problem:  # a peer that cannot do the op is listed with its own words
-        result.refused = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"
+        said = str(problem).strip().splitlines() or ["without a word"]
+        result.refused = f"{type(problem).__name__}: {said[0]}"
         return result
     if not result.error <= provider.allowed:
         result.refused = f"wrong: error {result.error:.2g}, allowed {provider.allowed:.2g}"

@@ -41,15 +41,22 @@ def _raises() -> float:
     raise TypeError("end must be float\nand more")
 
 
+def _asserts() -> float:
+    raise AssertionError
+
+
 def test_a_wrong_provider_gets_no_time() -> None:
     calls: list[str] = []
     right, wrong = _provider("right", calls), _provider("wrong", calls, error=0.5)
     nan, raising = _provider("nan", calls, error=float("nan")), _provider("raises", calls)
     raising.error = _raises
-    results = {r.provider.name: r for r in measure([right, wrong, nan, raising], _CPU, _TINY)}
+    silent = _provider("asserts", calls)
+    silent.error = _asserts
+    everyone = [right, wrong, nan, raising, silent]
+    results = {r.provider.name: r for r in measure(everyone, _CPU, _TINY)}
     assert set(calls) == {"right"}
     assert len(results["right"].seconds) == _TINY.rounds
-    for name in ("wrong", "nan", "raises"):
+    for name in ("wrong", "nan", "raises", "asserts"):
         assert results[name].seconds == []
         assert results[name].refused
     assert results["raises"].refused == "TypeError: end must be float"
