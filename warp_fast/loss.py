@@ -276,11 +276,12 @@ def linear_warp_loss(
     Traffic: 8 N V D flops with an anchor and both gradients, all of them forward: the gradients are
         made while the logits are there, and scaled in backward. A gradient through the per-token
         values makes the logits again, 6 N V D. So do, 2 N V D, low_memory and, for "reward" and
-        "reward_to_go", sequences of more rows than stay (384 on CPU, 3072 on GPUs). Rows outside a
+        "reward_to_go", sequences of more rows than stay (384 on CPU, 2048 on GPUs). Rows outside a
         mask on the CPU cost nothing; those outside a mask on a GPU, which only a wait could count,
         cost their share of the products. On CPU rows without a gradient cost no gradient.
-    Memory: beside the gradients, which are in fp32, some logits: 1.5 KiB times V on CPU, 7.5 KiB (9
-        for an exact KL) times V on GPUs; with low_memory 16 MiB, and 0.4 GiB for V 256k on GPUs.
+    Memory: beside the gradients, which are in fp32, some logits: 1.5 KiB times V on CPU, 5.5 KiB (7
+        for an exact KL) times V on GPUs; with low_memory 16 MiB, and on GPUs, where the gradient of
+        weight is then never in fp32 whole, 0.4 GiB for V 256k and D 2304.
         On GPUs fp16 takes a copy of the head in fp32 besides, mixed dtypes one of both heads.
     Numerics: products in fp32, where TF32 is allowed too, so that a KL of 1e-5 nats per token is
         right; the gradient of weight is summed in fp32, and returned so where weight.grad_dtype is
