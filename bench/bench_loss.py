@@ -66,7 +66,10 @@ ON_GPU = [
 
 
 def batch_of(case: Case, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Batch:
-    """A peaked policy and an anchor near it; `exact` gives the same numbers in float64."""
+    """A peaked policy and an anchor near it; `exact` gives the same numbers in float64.
+
+    Advantages are of one sign: a loss whose terms cancel would be judged by its roundings alone.
+    """
     make: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     shape = SEQUENCES, case.tokens // SEQUENCES
     hidden = torch.randn(*shape, case.width, **make)
@@ -81,7 +84,7 @@ def batch_of(case: Case, device: torch.device, dtype: torch.dtype, exact: bool =
         anchor,
         anchor_head,
         torch.randint(0, case.vocabulary, shape, **make),
-        torch.randn(SEQUENCES, **make),
+        1 + torch.randn(SEQUENCES, **make).abs(),
         mask,
         mask.cpu(),
     )
