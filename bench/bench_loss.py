@@ -84,7 +84,7 @@ def batch_of(case: Case, device: torch.device, dtype: torch.dtype, exact: bool =
         anchor,
         anchor_head,
         torch.randint(0, case.vocabulary, shape, **make),
-        1 + torch.randn(SEQUENCES, **make).abs(),
+        0.3 + 0.3 * torch.randn(SEQUENCES, **make).abs(),
         mask,
         mask.cpu(),
     )
