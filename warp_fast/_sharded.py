@@ -24,11 +24,19 @@ def local(tensor: Tensor) -> Tensor:
     return found
 
 
+def _never() -> bool:
+    """Whether there are no DTensors in this process: their module was never imported."""
+    return "torch.distributed.tensor" not in sys.modules
+
+
 def all_local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """`local` of each."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return list(tensors)
-    return [local(tensor) for tensor in tensors]
+    return list(tensors) if _never() else [local(tensor) for tensor in tensors]
+
+
+def among(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The pairs of two lists, none where none can be a DTensor."""
+    return [] if _never() else list(zip(first, second, strict=True))
 
 
 def with_local(shard: Tensor, like: Tensor) -> Tensor:

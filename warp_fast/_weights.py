@@ -108,20 +108,20 @@ def matched(
     result: list[Tensor] = []
     for m, policy in enumerate(policies):
         _check_form(f"{role} {m}", init, policy)
-        theirs = layout.tensors(policy)
+        theirs, where = layout.tensors(policy), layout.keys or layout.names
         for t, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            where = layout.keys[t] if layout.keys is not None else layout.names[t]
             if a.shape != b.shape or a.device != b.device:
                 raise ValueError(
-                    f"{role} {m}, {where}: must be {tuple(a.shape)} on {a.device} like init; "
+                    f"{role} {m}, {where[t]}: must be {tuple(a.shape)} on {a.device} like init; "
                     f"got {tuple(b.shape)} on {b.device}"
                 )
-            _sharded.check_layout(f"{role} {m}, {where}", b, a)
             if not (a.dtype in _FLOATING and b.dtype in _FLOATING):
                 raise TypeError(
-                    f"{role} {m}, {where}: must be floating, of 16 bits or more; "
+                    f"{role} {m}, {where[t]}: must be floating, of 16 bits or more; "
                     f"got {a.dtype}, {b.dtype}"
                 )
+        for t, (a, b) in enumerate(_sharded.among(ours, theirs)):
+            _sharded.check_layout(f"{role} {m}, {where[t]}", b, a)
         result += theirs
     return result
 

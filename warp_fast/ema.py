@@ -108,19 +108,26 @@ def _check(
     if len(ema) != len(params) or (split and len(residual) != len(ema)):
         counts = f"{len(ema)} ema, {len(params)} params" + f", {len(residual)} residual" * split
         raise ValueError(f"there must be as many params (and residual) as ema; got {counts}")
+    if not ema:
+        return
+    device, kinds = ema[0].device, set()
     partners = [("params", params)] + ([("residual", residual)] if split else [])
     for name, others in partners:
         for i, (average, other) in enumerate(zip(ema, others, strict=True)):
-            if other.shape != average.shape or other.device != ema[0].device:
+            if other.shape != average.shape or other.device != device:
                 raise ValueError(
-                    f"{name}[{i}] must be {tuple(average.shape)} on {ema[0].device} like ema; "
+                    f"{name}[{i}] must be {tuple(average.shape)} on {device} like ema; "
                     f"got {tuple(other.shape)} on {other.device}"
                 )
+        for i, (average, other) in enumerate(_sharded.among(ema, others)):
             _sharded.check_layout(f"{name}[{i}]", other, average)
     for i, (average, value) in enumerate(zip(ema, params, strict=True)):
-        if average.device != ema[0].device:
-            raise ValueError(f"ema[{i}] must be on {ema[0].device}; got {average.device}")
-        _check_dtypes(i, average, value, residual[i] if split else None, stochastic)
+        if average.device != device:
+            raise ValueError(f"ema[{i}] must be on {device}; got {average.device}")
+        kind = average.dtype, value.dtype, residual[i].dtype if split else None
+        if kind not in kinds:
+            kinds.add(kind)
+            _check_dtypes(i, average, value, residual[i] if split else None, stochastic)
 
 
 def _check_dtypes(
