@@ -154,6 +154,18 @@ def test_gradients_of_the_loss_that_are_not_needed(needs: tuple[bool, bool]) -> 
     assert (found.dhidden.numel() > 0, found.dweight.numel() > 0) == needs
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("kl", ["none", "reward", "k2"])
+def test_rows_whose_odds_do_not_fit(kl: str, dtype: torch.dtype) -> None:
+    """Sampled tokens with log-probs on both sides of -60, down to where exp of the others is inf."""
+    heads, rows, terms = cases.call(kl, dtype=dtype)
+    heads = heads._replace(hidden=heads.hidden * 20, softcap=None)
+    given = on_device((heads, rows, terms))
+    logprobs = linear.linear_loss_triton(*given, True, (True, True)).logprobs[given[1].mask]
+    assert (logprobs < -89).any() and ((logprobs > -60) & (logprobs < -5)).any()
+    cases.check(linear.linear_loss_triton, given)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("low_memory", [False, True], ids=["made", "low memory"])
 @pytest.mark.parametrize("kl", ["reward", "reward_to_go", "k2", "reverse"])
