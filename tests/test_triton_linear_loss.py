@@ -157,7 +157,7 @@ def test_gradients_of_the_loss_that_are_not_needed(needs: tuple[bool, bool]) -> 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("kl", ["none", "reward", "k2"])
 def test_rows_whose_odds_do_not_fit(kl: str, dtype: torch.dtype) -> None:
-    """Sampled tokens with log-probs on both sides of -60, down to where exp of the others is inf."""
+    """Log-probs of sampled tokens on both sides of -60, down to where their odds are infinite."""
     heads, rows, terms = cases.call(kl, dtype=dtype)
     heads = heads._replace(hidden=heads.hidden * 20, softcap=None)
     given = on_device((heads, rows, terms))
