@@ -238,7 +238,6 @@ def main(given: Sequence[str] | None = None) -> None:
     stamp = environment(torch.device("cpu"))
     stamp["mergekit"] = mergekit_version(python) or "absent"
     models = {SMALL: python} if options.quick else {GEMMA_3_270M: python, GEMMA_3_1B: None}
-
     chosen = options.chosen(list(models))
 
     def groups() -> Iterator[Group]:

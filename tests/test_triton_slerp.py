@@ -229,8 +229,7 @@ def test_infinite_weights_show_in_the_gram() -> None:
 # (gram, elements of its blocks, apply, elements of its blocks, where it finds `launches_of`)
 FAR = [(GRAMS[0], gram_pass.tiling(2)[1], APPLIES[0], apply_pass._BLOCK, apply_pass)]
 if len(GRAMS) > 1:
-    module = extension()
-    FAR.append((GRAMS[1], module.GRAM_CHUNK, APPLIES[1], module.APPLY_BLOCK, tables))
+    FAR.append((GRAMS[1], extension().GRAM_CHUNK, APPLIES[1], extension().APPLY_BLOCK, tables))
 
 
 @pytest.mark.parametrize("shift", [2**31, 2**33])

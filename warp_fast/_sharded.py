@@ -9,9 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def _dtensors() -> Any:
+    """The module of DTensor, or None: where it was never imported there are none."""
+    return sys.modules.get("torch.distributed.tensor")
+
+
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor; where that module was never imported there are none."""
-    module = sys.modules.get("torch.distributed.tensor")
+    """Whether this is a DTensor."""
+    module = _dtensors()
     return module is not None and isinstance(tensor, module.DTensor)
 
 
@@ -24,19 +29,14 @@ def local(tensor: Tensor) -> Tensor:
     return found
 
 
-def _never() -> bool:
-    """Whether there are no DTensors in this process: their module was never imported."""
-    return "torch.distributed.tensor" not in sys.modules
-
-
 def all_local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """`local` of each."""
-    return list(tensors) if _never() else [local(tensor) for tensor in tensors]
+    return list(tensors) if _dtensors() is None else [local(tensor) for tensor in tensors]
 
 
 def among(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """The pairs of two lists, none where none can be a DTensor."""
-    return [] if _never() else list(zip(first, second, strict=True))
+    return [] if _dtensors() is None else list(zip(first, second, strict=True))
 
 
 def with_local(shard: Tensor, like: Tensor) -> Tensor:
