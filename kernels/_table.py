@@ -220,9 +220,27 @@ def gram_launches(
     return launches, bounds.to(columns[0][0].device), int(bounds[-1])
 
 
-def alike(results: Sequence[list[Tensor]]) -> list[tuple[list[int], list[list[Tensor]]]]:
-    """Rows of outputs grouped by their dtypes: (row numbers, their tensors)."""
+def apply_launches(
+    tables: TableCache,
+    read: list[list[Tensor]],
+    results: Sequence[list[Tensor]],
+    block: int,
+    segment: list[int],
+) -> list[tuple[list[int], list[Launch]]]:
+    """(row numbers, launches) of an apply pass: rows of outputs with the same dtypes share one.
+
+    The launches run backward: what the Gram pass read last is still in L2.
+    """
     groups: dict[tuple[torch.dtype, ...], list[int]] = {}
     for k, result in enumerate(results):
         groups.setdefault(tuple([x.dtype for x in result]), []).append(k)
-    return [(rows, [results[k] for k in rows]) for rows in groups.values()]
+    passes = []
+    for rows in groups.values():
+        columns = [*read, *(results[k] for k in rows)]
+
+        def build(columns: list[list[Tensor]] = columns) -> list[Launch]:
+            entries = entries_of(columns, block, by_segment(segment))
+            return launches_of(columns, entries, lambda entry: segment[entry.tensor])[::-1]
+
+        passes.append((rows, tables.get(columns, tuple(segment), build)))
+    return passes

@@ -5,6 +5,8 @@ One launch per combination of dtypes and alignment.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -14,12 +16,9 @@ from warp_fast.kernels._common import HEAD, deltas_of, entry_size, pointers, rou
 from warp_fast.kernels._table import (
     Launch,
     TableCache,
-    alike,
+    apply_launches,
     by_column,
-    by_segment,
     copied_back,
-    entries_of,
-    launches_of,
     on_device,
     packed,
 )
@@ -75,7 +74,7 @@ def slerp_apply_triton_(
     out: list[Tensor],
     init: list[Tensor],
     policies: list[Tensor],
-    coefficients: Tensor,
+    coefficients: Callable[[], Tensor],
     segment: list[int],
 ) -> None:
     """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init), for all rows k.
@@ -86,30 +85,21 @@ def slerp_apply_triton_(
     written = [x.contiguous() for x in out]
     read = by_column(init, policies)
     with on_device(init[0]):
-        for rows, results in alike(by_column(init, written)[1:]):
-            _apply(read, results, coefficients[rows], segment)
+        passes = apply_launches(_tables, read, by_column(init, written)[1:], _BLOCK, segment)
+        weights = coefficients()
+        for rows, launches in passes:
+            _apply(launches, weights[rows].to(init[0].device, torch.float64), len(read))
     copied_back(out, written)
 
 
-def _apply(
-    read: list[list[Tensor]], results: list[list[Tensor]], coefficients: Tensor, segment: list[int]
-) -> None:
-    columns = [*read, *results]
-    device = columns[0][0].device
-    weights = coefficients.to(device=device, dtype=torch.float64).contiguous()
-
-    def build() -> list[Launch]:
-        entries = entries_of(columns, _BLOCK, by_segment(segment))
-        return launches_of(columns, entries, lambda entry: segment[entry.tensor])
-
-    inputs = len(read)
-    for launch in reversed(_tables.get(columns, tuple(segment), build)):
+def _apply(launches: list[Launch], weights: Tensor, inputs: int) -> None:
+    for launch in launches:
         _apply_kernel[(launch.block_entry.numel(),)](
             launch.table,
             launch.block_entry,
             weights,
             launch.table.shape[1],
-            len(results),
+            weights.shape[0],
             weights.shape[1],
             launch.block_entry.numel(),
             M=inputs - 1,

@@ -56,6 +56,9 @@ def test_opcheck_of_the_two_passes(backend: str) -> None:
     rows = torch.randn(2, 2, 3, dtype=FP64)
     out = [torch.zeros_like(x) for _ in range(2) for x in init]
     torch.library.opcheck(_ops.SLERP_APPLY[backend], (out, init, ends, rows, [1, 0]))
+    gram = _ops.GRAM[backend](init, ends, [1, 0], 2)
+    rest = gram, [0.3, 1.0], ["a", "b"], [1, 0]
+    torch.library.opcheck(_ops.SLERP[backend], (out, init, ends, *rest))
 
 
 def test_opcheck_of_the_coefficients() -> None:

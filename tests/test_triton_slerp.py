@@ -121,11 +121,11 @@ def check_apply(
         else out
     )
     expected = [x.clone() for x in out]
-    slerp_apply_reference_(expected, init, policies, coefficients, segment)
+    slerp_apply_reference_(expected, init, policies, lambda: coefficients, segment)
     for apply in APPLIES:
         for x in out:
             x.fill_(float("nan"))
-        apply(out, init, policies, coefficients, segment)
+        apply(out, init, policies, lambda: coefficients, segment)
         assert_same_bits(out, expected)
 
 
@@ -174,8 +174,8 @@ def test_in_place_and_other_dtypes_of_out() -> None:
     init, policies = weights(2)
     expected = [x.clone() for x in init]
     coefficients = torch.full((1, SEGMENTS, 2), 0.5, dtype=FP64)
-    slerp_apply_reference_(expected, init, policies, coefficients, SEGMENT)
-    apply_pass.slerp_apply_triton_(init, init, policies, coefficients, SEGMENT)
+    slerp_apply_reference_(expected, init, policies, lambda: coefficients, SEGMENT)
+    apply_pass.slerp_apply_triton_(init, init, policies, lambda: coefficients, SEGMENT)
     assert_same_bits(init, expected)
     out = [torch.empty_like(x, dtype=dtype) for dtype in (FP32, BF16, FP32) for x in init]
     check_apply(init, policies, rows=3, out=out)
@@ -226,21 +226,21 @@ def test_infinite_weights_show_in_the_gram() -> None:
     )
 
 
-# (gram, elements of its blocks, apply, elements of its blocks, where it finds `launches_of`)
-FAR = [(GRAMS[0], gram_pass.tiling(2)[1], APPLIES[0], apply_pass._BLOCK, apply_pass)]
+# (gram, elements of its blocks, apply, elements of its blocks)
+FAR = [(GRAMS[0], gram_pass.tiling(2)[1], APPLIES[0], apply_pass._BLOCK)]
 if len(GRAMS) > 1:
-    FAR.append((GRAMS[1], extension().GRAM_CHUNK, APPLIES[1], extension().APPLY_BLOCK, tables))
+    FAR.append((GRAMS[1], extension().GRAM_CHUNK, APPLIES[1], extension().APPLY_BLOCK))
 
 
 @pytest.mark.parametrize("shift", [2**31, 2**33])
 @pytest.mark.parametrize("far", FAR, ids=["triton", "cuda"][: len(FAR)])
 def test_elements_past_2_to_the_31(
-    monkeypatch: pytest.MonkeyPatch, far: tuple[Any, int, Any, int, Any], shift: int
+    monkeypatch: pytest.MonkeyPatch, far: tuple[Any, int, Any, int], shift: int
 ) -> None:
     """The tables are rewritten so that the blocks lie `shift` elements after their base address."""
 
-    def shifted(module: Any, block: int, counts_blocks: bool) -> None:
-        original = module.launches_of
+    def shifted(block: int, counts_blocks: bool) -> None:
+        original = tables.launches_of
 
         def launches_of(columns: Any, *rest: Any) -> Any:
             launches = original(columns, *rest)
@@ -252,18 +252,18 @@ def test_elements_past_2_to_the_31(
                 launch.table[:, 3:] -= shift * sizes.to(DEVICE)
             return launches
 
-        monkeypatch.setattr(module, "launches_of", launches_of)
+        monkeypatch.setattr(tables, "launches_of", launches_of)
 
-    gram, chunk, apply, block, module = far
+    gram, chunk, apply, block = far
     this = sys.modules[__name__]
     init, policies = weights(2)
     with monkeypatch.context() as monkeypatch:
         monkeypatch.setattr(this, "GRAMS", [gram])
-        shifted(tables, chunk, True)
+        shifted(chunk, True)
         check_gram(init, policies)
     with monkeypatch.context() as monkeypatch:
         monkeypatch.setattr(this, "APPLIES", [apply])
-        shifted(module, block, False)
+        shifted(block, False)
         check_apply(init, policies)
 
 
@@ -286,6 +286,9 @@ torch.library.opcheck(_ops.GRAM["triton"], (*lists, [0, 1], 2))
 rows = torch.ones(1, 2, 3, dtype=torch.float64)
 out = [torch.empty_like(v) for v in init.values()]
 torch.library.opcheck(_ops.SLERP_APPLY["triton"], (out, *lists, rows, [0, 1]))
+torch.library.opcheck(
+    _ops.SLERP["triton"], (out, *lists, report.gram, [0.3], ["a", "b"], [0, 1])
+)
 gram = lambda x: warp_fast.gram(x, policies, backend="triton")
 torch.testing.assert_close(
     torch.compile(gram, fullgraph=True, backend="aot_eager")(init), gram(init), rtol=0, atol=0
@@ -296,3 +299,28 @@ torch.testing.assert_close(
 def test_public_functions_and_ops() -> None:
     """In a process of its own: whether CPU tensors are served is decided when warp_fast loads."""
     subprocess.run([sys.executable, "-c", PUBLIC, DEVICE], check=True)
+
+
+@pytest.mark.parametrize("apply", APPLIES)
+def test_all_is_ready_before_the_coefficients_are_asked_for(apply: Any) -> None:
+    """They may wait for a Gram pass, and raise where it found NaN: nothing is written by then."""
+    init, policies = weights(2)
+    out = [torch.full_like(x, 7) for x in init]
+    asked = []
+
+    def coefficients() -> Tensor:
+        asked.append(len(cache))
+        raise ValueError("no coefficients")
+
+    cache = tables_of(apply)
+    before = len(cache)
+    with pytest.raises(ValueError, match="no coefficients"):
+        apply(out, init, policies, coefficients, SEGMENT)
+    assert asked == [before + 1]
+    assert all((x == 7).all() for x in out)
+
+
+def tables_of(apply: Any) -> tables.TableCache:
+    """The pointer tables of an apply pass."""
+    found: tables.TableCache = sys.modules[apply.__module__]._tables
+    return found

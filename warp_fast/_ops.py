@@ -72,6 +72,10 @@ _GRAM_SCHEMA = "(Tensor[] init, Tensor[] policies, int[] segment, int count) -> 
 _APPLY_SCHEMA = (
     "(Tensor(a!)[] out, Tensor[] init, Tensor[] policies, Tensor coefficients, int[] segment) -> ()"
 )
+_SLERP_SCHEMA = (
+    "(Tensor(a!)[] out, Tensor[] init, Tensor[] policies, Tensor gram, float[] etas, str[] names, "
+    "int[] segment) -> Tensor"
+)
 
 
 def _fake_gram(
@@ -86,6 +90,40 @@ def _checked_apply(kernel: Kernel) -> Kernel:
         refuse_overlap(out, [*init, *policies], same=len(out) == len(init))
         kernel(out, init, policies, *rest)
         increment_version(out)
+
+    return run
+
+
+def _apply(kernel: Kernel) -> Kernel:
+    """The op of the apply pass alone: its coefficients are known."""
+
+    def run(*arguments: Any) -> None:
+        *lists, coefficients, segment = arguments
+        kernel(*lists, lambda: coefficients, segment)
+
+    return run
+
+
+def _slerp(kernel: Kernel) -> Kernel:
+    """The op that waits for a Gram pass, when all that its apply pass needs is ready to go."""
+
+    def run(
+        out: list[Tensor],
+        init: list[Tensor],
+        policies: list[Tensor],
+        gram: Tensor,
+        etas: list[float],
+        names: list[str],
+        segment: list[int],
+    ) -> Tensor:
+        solved = []
+
+        def coefficients() -> Tensor:
+            solved.append(_slerp_coefficients(gram.cpu(), names))
+            return torch.tensor(etas, dtype=torch.float64, device="cpu").view(-1, 1, 1) * solved[0]
+
+        kernel(out, init, policies, coefficients, segment)
+        return solved[0]
 
     return run
 
@@ -111,6 +149,12 @@ def _slerp_coefficients(gram: Tensor, names: Sequence[str]) -> Tensor:
     return coefficients.to(gram.device)
 
 
+def _fake_slerp(
+    out: list[Tensor], init: list[Tensor], policies: list[Tensor], gram: Tensor, *_: Any
+) -> Tensor:
+    return gram.new_empty(gram.shape[:2], device="cpu")
+
+
 SLERP_COEFFICIENTS = define(
     "slerp_coefficients",
     "(Tensor gram, str[] names) -> Tensor",
@@ -125,32 +169,17 @@ GRAM = {
     "cpp": define("gram_cpp", _GRAM_SCHEMA, native_slerp.gram_cpp, _fake_gram, "cpu"),
     "cuda": define("gram_cuda", _GRAM_SCHEMA, native_slerp.gram_cuda, _fake_gram, "cuda"),
 }
+_APPLY_KERNELS: dict[str, tuple[Kernel, str | None]] = {
+    "reference": (_checked_apply(reference_slerp.slerp_apply_reference_), None),
+    "triton": (_checked_apply(triton("slerp", "slerp_apply_triton_")), TRITON_DEVICE),
+    "cpp": (_checked_apply(native_slerp.slerp_apply_cpp_), "cpu"),
+    "cuda": (_checked_apply(native_slerp.slerp_apply_cuda_), "cuda"),
+}
 SLERP_APPLY = {
-    "reference": define(
-        "slerp_apply_reference_",
-        _APPLY_SCHEMA,
-        _checked_apply(reference_slerp.slerp_apply_reference_),
-        no_result,
-    ),
-    "triton": define(
-        "slerp_apply_triton_",
-        _APPLY_SCHEMA,
-        _checked_apply(triton("slerp", "slerp_apply_triton_")),
-        no_result,
-        TRITON_DEVICE,
-    ),
-    "cpp": define(
-        "slerp_apply_cpp_",
-        _APPLY_SCHEMA,
-        _checked_apply(native_slerp.slerp_apply_cpp_),
-        no_result,
-        "cpu",
-    ),
-    "cuda": define(
-        "slerp_apply_cuda_",
-        _APPLY_SCHEMA,
-        _checked_apply(native_slerp.slerp_apply_cuda_),
-        no_result,
-        "cuda",
-    ),
+    name: define(f"slerp_apply_{name}_", _APPLY_SCHEMA, _apply(kernel), no_result, device)
+    for name, (kernel, device) in _APPLY_KERNELS.items()
+}
+SLERP = {
+    name: define(f"slerp_{name}_", _SLERP_SCHEMA, _slerp(kernel), _fake_slerp, device)
+    for name, (kernel, device) in _APPLY_KERNELS.items()
 }

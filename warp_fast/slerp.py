@@ -89,10 +89,7 @@ def slerp_coefficients(gram: Tensor) -> Tensor:
         raise ValueError(f"gram must be [S, M, M] with M >= 1; got {tuple(gram.shape)}")
     if gram.dtype != torch.float64:
         raise TypeError(f"gram must be float64; got {gram.dtype}")
-    return _coefficients(gram, [f"segment {s}" for s in range(gram.shape[0])])
-
-
-def _coefficients(gram: Tensor, names: list[str]) -> Tensor:
+    names = [f"segment {s}" for s in range(gram.shape[0])]
     result: Tensor = _ops.SLERP_COEFFICIENTS(gram.detach(), names)
     return result
 
@@ -177,20 +174,21 @@ def _merge(
     starts = layout.tensors(init)
     etas, several = _finite_etas(eta)
     runs = len(policies)
-    op = _ops.SLERP_APPLY[resolve("slerp", backend, starts[0].device)]
+    backend = resolve("slerp", backend, starts[0].device)
     if method == "slerp" or return_report:
         products = _gram(layout, starts, ends, backend)
-    # while a GPU is at that: what follows waits for it
+    # a GPU is at that until slerp asks for the products, when its apply pass is ready to go
     results = _outputs(layout, init, out, len(etas), several)
     written = [tensor for result in results for tensor in layout.tensors(result)]
     shards = [_sharded.all_local(tensors) for tensors in (written, starts, ends)]
     if method == "slerp":
-        coefficients = _coefficients(products.cpu(), layout.names)
+        op = _ops.SLERP[backend]
+        coefficients = op(*shards, products, etas, layout.names, layout.segment)
     else:
         shape = len(layout.names), runs
         coefficients = torch.full(shape, 1 / runs, dtype=torch.float64, device="cpu")
-    shares = torch.tensor(etas, dtype=torch.float64, device="cpu").view(-1, 1, 1)
-    op(*shards, shares * coefficients, layout.segment)
+        rows = torch.tensor(etas, dtype=torch.float64, device="cpu").view(-1, 1, 1) * coefficients
+        _ops.SLERP_APPLY[backend](*shards, rows, layout.segment)
     for result in results:
         _weights.copy_gaps(layout, init, result)
     merged = results if several else results[0]

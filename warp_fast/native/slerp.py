@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def slerp_apply_cpp_(
     out: list[Tensor],
     init: list[Tensor],
     policies: list[Tensor],
-    coefficients: Tensor,
+    coefficients: Callable[[], Tensor],
     segment: list[int],
 ) -> None:
     """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init); see the reference.
@@ -62,7 +64,7 @@ def slerp_apply_cpp_(
     written = [tensor.contiguous() for tensor in out]
     results = _table.by_column(init, written)[1:]
     listed = _by_tensor([*_table.by_column(init, policies), *results])
-    weights = coefficients.double().contiguous()
+    weights = coefficients().double().contiguous()
     rows, segments, runs = weights.shape
     extension().slerp_apply(
         addresses(listed),
@@ -116,7 +118,7 @@ def slerp_apply_cuda_(
     out: list[Tensor],
     init: list[Tensor],
     policies: list[Tensor],
-    coefficients: Tensor,
+    coefficients: Callable[[], Tensor],
     segment: list[int],
 ) -> None:
     """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init); see the reference.
@@ -124,29 +126,22 @@ def slerp_apply_cuda_(
     One launch per combination of dtypes and alignment. Rows whose outputs differ in dtype take a
     pass each; strided outputs go through a copy.
     """
+    module = extension()
     written = [tensor.contiguous() for tensor in out]
     read = _table.by_column(init, policies)
+    results = _table.by_column(init, written)[1:]
     with _table.on_device(init[0]):
-        for rows, results in _table.alike(_table.by_column(init, written)[1:]):
-            _apply_cuda(read, results, coefficients[rows], segment)
+        passes = _table.apply_launches(_tables, read, results, module.APPLY_BLOCK, segment)
+        weights = coefficients()
+        for rows, launches in passes:
+            _apply_cuda(launches, weights[rows].to(init[0].device, torch.float64))
     _table.copied_back(out, written)
 
 
-def _apply_cuda(
-    read: list[list[Tensor]], results: list[list[Tensor]], coefficients: Tensor, segment: list[int]
-) -> None:
-    module = extension()
-    columns = [*read, *results]
-    device = columns[0][0].device
-    weights = coefficients.to(device=device, dtype=torch.float64).contiguous()
+def _apply_cuda(launches: list[_table.Launch], weights: Tensor) -> None:
     rows, segments, runs = weights.shape
-
-    def build() -> list[_table.Launch]:
-        entries = _table.entries_of(columns, module.APPLY_BLOCK, _table.by_segment(segment))
-        return _table.launches_of(columns, entries, lambda entry: segment[entry.tensor])
-
-    for launch in reversed(_tables.get(columns, tuple(segment), build)):
-        module.slerp_apply_cuda(
+    for launch in launches:
+        extension().slerp_apply_cuda(
             launch.table.data_ptr(),
             launch.block_entry.data_ptr(),
             launch.block_entry.numel(),

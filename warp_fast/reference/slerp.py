@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -73,15 +75,17 @@ def slerp_apply_reference_(
     out: list[Tensor],
     init: list[Tensor],
     policies: list[Tensor],
-    coefficients: Tensor,
+    coefficients: Callable[[], Tensor],
     segment: list[int],
 ) -> None:
     """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init), for all rows k.
 
-    Shapes: out K * T tensors, row-major; coefficients [K, S, M] fp64. out may be init when K = 1.
+    Shapes: out K * T tensors, row-major; coefficients() [K, S, M] fp64, asked for last, since it
+    may wait for another pass, and before anything is written, since it may raise. out may be init
+    when K = 1.
     """
     count = len(init)
-    table = coefficients.tolist()
+    table = coefficients().tolist()
     for t, start in enumerate(init):
         deltas = [_delta(end, start) for end in policies[t::count]]
         for k, row in enumerate(table):
