@@ -16,7 +16,7 @@ _SLOW = 1.0  # seconds of the gate; such a case is timed once
 
 
 class _DeviceTimer:
-    """Seconds on the clock of the GPU since it was first asked."""
+    """Seconds on the clock of the GPU since it was first asked, what the host takes among them."""
 
     def __init__(self) -> None:
         self.last: Any = None

@@ -93,12 +93,16 @@ class Absent:
 
 @dataclass
 class Result:
-    """What one provider did; `refused` says why it has no times."""
+    """What one provider did; `refused` says why it has no times.
+
+    `host_seconds`, on a GPU: until a call returns, with nothing in front of it.
+    """
 
     provider: Provider
     error: float = math.nan
     refused: str | None = None
     seconds: list[float] = field(default_factory=list)
+    host_seconds: float = math.nan
     peak_bytes: float = math.nan
 
     def quantile(self, q: float) -> float:
@@ -114,27 +118,45 @@ class Result:
 
 
 class Clock:
-    """Seconds that the device spent on one call; on CUDA by events, with a cold L2."""
+    """Seconds that the device spent on one call; on CUDA by events, with a cold L2.
+
+    A GPU is kept at work until the host has launched what is timed, as it is in a training step:
+    what the host takes for that is told apart.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         if self.cuda:
             cache = torch.cuda.get_device_properties(device).L2_cache_size
             self.cold = torch.zeros(4 * cache, dtype=torch.int8, device=device)
+            self.cold.max()  # the first one is slow
+            self.pass_seconds = self._elapsed(self.cold.max)
 
-    def chill(self) -> None:
-        """Empty the L2 of inputs; on the device still, it hides the launch of what is timed."""
+    def chill(self, seconds: float = 0.0) -> None:
+        """Empty the L2 of inputs; on the device still for at least that long."""
         if self.cuda:
-            self.cold.max()
+            passes = math.ceil(seconds / self.pass_seconds)
+            for _ in range(max(1, passes)):
+                self.cold.max()
 
-    def seconds(self, run: Callable[[], object]) -> float:
+    def host_seconds(self, run: Callable[[], object]) -> float:
+        """What the host takes until a call of the GPU returns."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def seconds(self, run: Callable[[], object], host_seconds: float) -> float:
         if not self.cuda:
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
+        self.chill(2 * host_seconds)
+        return self._elapsed(run)
+
+    def _elapsed(self, run: Callable[[], object]) -> float:
         events: Any = torch.cuda.Event
         begin, end = events(enable_timing=True), events(enable_timing=True)
-        self.chill()
         begin.record()
         run()
         end.record()
@@ -198,9 +220,18 @@ def measure(providers: Sequence[Provider], device: torch.device, scale: Scale) -
         clock, turns = Clock(device), list(_turns(_able(results), scale.rounds))
         for turn, result in bars.track(turns, description="time"):
             if turn < 3 or sum(result.seconds) < scale.budget:
-                result.provider.prepare()
-                result.seconds.append(clock.seconds(result.provider.run))
+                _measure_time(result, clock)
     return results
+
+
+def _measure_time(result: Result, clock: Clock) -> None:
+    """Once more; in front of the first time, how long the host takes."""
+    provider = result.provider
+    if clock.cuda and not result.seconds:
+        provider.prepare()
+        result.host_seconds = clock.host_seconds(provider.run)
+    provider.prepare()
+    result.seconds.append(clock.seconds(provider.run, result.host_seconds))
 
 
 def _able(results: Sequence[Result]) -> list[Result]:

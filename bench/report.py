@@ -120,6 +120,8 @@ def row(group: Group, result: Result) -> dict[str, str]:
     median = result.quantile(0.5)
     cells["ms"] = f"{median * 1e3:.2f}"
     cells["p20-p80"] = f"{result.quantile(0.2) * 1e3:.2f}-{result.quantile(0.8) * 1e3:.2f}"
+    if not math.isnan(result.host_seconds):
+        cells["host ms"] = f"{result.host_seconds * 1e3:.2f}"
     cells["ns/elem"] = f"{median / provider.elements * 1e9:.3f}"
     cells["GB/s"] = f"{result.bandwidth / 1e9:.1f}"
     cells["of stream"] = f"{result.bandwidth / stream.bandwidth:.2f}" if stream else ""

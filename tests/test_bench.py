@@ -24,7 +24,17 @@ from bench import (
     roofline,
 )
 from bench.checkpoints import Model
-from bench.harness import Absent, Provider, Scale, backends, gate, measure, parse, relative_error
+from bench.harness import (
+    Absent,
+    Clock,
+    Provider,
+    Scale,
+    backends,
+    gate,
+    measure,
+    parse,
+    relative_error,
+)
 from bench.loss_accuracy import accuracy
 from bench.report import Group, environment, floor_seconds, publish, rows, show, stem, write
 from warp_fast import cli, slerp
@@ -334,3 +344,30 @@ def test_merge_quick_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_options() -> None:
     options = parse("", ["--quick", "--rounds", "2", "--device", "cpu"])
     assert options.quick and options.scale.rounds == 2 and options.device == _CPU
+
+
+def test_a_gpu_is_kept_at_work_until_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that a GPU is not needed for: passes over the cold memory take 1 ms."""
+    done: list[str] = []
+
+    class Cold:
+        def max(self) -> None:
+            done.append("cold")
+
+    clock = Clock(_CPU)
+    clock.cuda, clock.cold, clock.pass_seconds = True, Cold(), 1e-3  # type: ignore[assignment]
+    monkeypatch.setattr(clock, "_elapsed", lambda run: run() or 0.5)
+    assert clock.seconds(lambda: done.append("run"), host_seconds=1.2e-3) == 0.5
+    assert done == ["cold"] * 3 + ["run"]
+    done.clear()
+    clock.chill()
+    assert done == ["cold"]
+
+
+def test_what_the_host_takes_is_a_column_of_its_own() -> None:
+    """Where there is a GPU; the time on the device is without it."""
+    (*_, result) = measure([_provider("ours", [])], _CPU, _TINY)
+    group = Group("a case", [result], [], "", "")
+    assert "host ms" not in rows(group)[0]
+    result.host_seconds = 2.5e-3
+    assert rows(group)[0]["host ms"] == "2.50"
