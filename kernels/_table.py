@@ -128,6 +128,7 @@ class TableCache:
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple[Any, ...], object] = OrderedDict()
         self._bytes = 0
+        self._last: object = None  # of the last call, which is the last to go
         self._captured: dict[object, object] = {}
 
     def __len__(self) -> int:
@@ -147,7 +148,11 @@ class TableCache:
             tuple([x.dtype for x in tensors]),
         )
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        found = self._tables.get(key, self._captured.get(key))
+        found = self._tables.get(key)
+        if found is None:
+            found = self._captured.get(key)
+        elif found is not self._last:
+            self._tables.move_to_end(key)
         if found is None:
             if capturing:
                 raise RuntimeError(
@@ -158,10 +163,9 @@ class TableCache:
             found = self._tables[key] = build()
             self._bytes += _bytes_of(found)
             self._forget()
-        elif key in self._tables:
-            self._tables.move_to_end(key)
         if capturing:
             self._captured[key] = found
+        self._last = found
         return found
 
     def _forget(self) -> None:

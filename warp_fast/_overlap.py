@@ -42,20 +42,19 @@ def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: b
     Tensors are taken to be all from their first byte to their last.
     same: allow read[i] to occupy exactly the bytes of written[i] (elementwise in-place).
     """
+    # called for every update: mostly all are contiguous, and nothing touches anything
+    everything = [*written, *read]
+    if all([x.is_contiguous() for x in everything]):
+        starts = [x.data_ptr() for x in everything]
+        stops = map(operator.add, starts, [x.nbytes for x in everything])
+        spans = sorted(zip(starts, stops, strict=True))
+        if all([stop <= start for (_, stop), (start, _) in itertools.pairwise(spans)]):
+            return
     if odd := [tensor for tensor in written if not _is_apart(tensor)]:
         raise ValueError(
             "a tensor that is written must have each element in a place of its own; got shape "
             f"{tuple(odd[0].shape)} and strides {odd[0].stride()}"
         )
-    # called for every update: mostly nothing touches anything
-    spans = sorted(
-        [
-            (start := x.data_ptr(), start + x.nbytes) if x.is_contiguous() else byte_range(x)
-            for x in (*written, *read)
-        ]
-    )
-    if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
-        return
     # (start, stop, whether written, position, dtype)
     ranges = [(*byte_range(t), True, i, t.dtype) for i, t in enumerate(written)]
     ranges += [(*byte_range(t), False, i, t.dtype) for i, t in enumerate(read)]

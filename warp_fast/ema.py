@@ -110,41 +110,44 @@ def _check(
         raise ValueError(f"there must be as many params (and residual) as ema; got {counts}")
     if not ema:
         return
-    device, kinds = ema[0].device, set()
-    partners = [("params", params)] + ([("residual", residual)] if split else [])
-    for name, others in partners:
+    for name, others in [("params", params)] + ([("residual", residual)] if split else []):
+        _check_partners(name, others, ema)
+    # one of each combination: this is called for every update
+    dtypes = list(zip([x.dtype for x in ema], [x.dtype for x in params], strict=True))
+    for average, value in dict.fromkeys(dtypes):
+        _check_dtypes(dtypes.index((average, value)), average, value, split or stochastic)
+    for i, dtype in enumerate([x.dtype for x in residual]):
+        if dtype != torch.int16:
+            raise TypeError(f"residual[{i}] must be int16; got {dtype}")
+
+
+def _check_partners(name: str, others: list[Tensor], ema: list[Tensor]) -> None:
+    device = ema[0].device
+    shapes, expected = [x.shape for x in others], [x.shape for x in ema]
+    if shapes != expected or {device} != {x.device for x in (*ema, *others)}:
         for i, (average, other) in enumerate(zip(ema, others, strict=True)):
             if other.shape != average.shape or other.device != device:
                 raise ValueError(
                     f"{name}[{i}] must be {tuple(average.shape)} on {device} like ema; "
                     f"got {tuple(other.shape)} on {other.device}"
                 )
-        for i, (average, other) in enumerate(_sharded.among(ema, others)):
-            _sharded.check_layout(f"{name}[{i}]", other, average)
-    for i, (average, value) in enumerate(zip(ema, params, strict=True)):
-        if average.device != device:
-            raise ValueError(f"ema[{i}] must be on {device}; got {average.device}")
-        kind = average.dtype, value.dtype, residual[i].dtype if split else None
-        if kind not in kinds:
-            kinds.add(kind)
-            _check_dtypes(i, average, value, residual[i] if split else None, stochastic)
+            if average.device != device:
+                raise ValueError(f"ema[{i}] must be on {device}; got {average.device}")
+    for i, (average, other) in enumerate(_sharded.among(ema, others)):
+        _sharded.check_layout(f"{name}[{i}]", other, average)
 
 
-def _check_dtypes(
-    i: int, average: Tensor, value: Tensor, residual: Tensor | None, stochastic: bool
-) -> None:
-    if residual is not None or stochastic:
-        if average.dtype != torch.bfloat16:
-            raise TypeError(f"ema[{i}] must be bfloat16 in this storage; got {average.dtype}")
-    elif average.dtype == torch.bfloat16:
+def _check_dtypes(i: int, average: torch.dtype, value: torch.dtype, in_bf16: bool) -> None:
+    if in_bf16:
+        if average != torch.bfloat16:
+            raise TypeError(f"ema[{i}] must be bfloat16 in this storage; got {average}")
+    elif average == torch.bfloat16:
         raise TypeError(
             f"ema[{i}] is bfloat16: a bf16 average stalls at small rates. Give residual (split "
             "storage), stochastic=True, or an fp32 ema"
         )
-    elif average.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"ema[{i}] must be float32 (or bfloat16, split); got {average.dtype}")
-    if residual is not None and residual.dtype != torch.int16:
-        raise TypeError(f"residual[{i}] must be int16; got {residual.dtype}")
-    allowed = (*_PARAM_DTYPES, torch.float64) if average.dtype == torch.float64 else _PARAM_DTYPES
-    if value.dtype not in allowed:
-        raise TypeError(f"params[{i}] must be one of {allowed}; got {value.dtype}")
+    elif average not in (torch.float32, torch.float64):
+        raise TypeError(f"ema[{i}] must be float32 (or bfloat16, split); got {average}")
+    allowed = (*_PARAM_DTYPES, torch.float64) if average == torch.float64 else _PARAM_DTYPES
+    if value not in allowed:
+        raise TypeError(f"params[{i}] must be one of {allowed}; got {value}")
