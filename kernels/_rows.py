@@ -12,7 +12,9 @@ from warp_fast import _loss_rows
 from warp_fast.kernels._common import rounded
 from warp_fast.kernels._scores import (
     base_shift,
+    exponential,
     merged,
+    number,
     picked_score,
     raised,
     scores,
@@ -40,6 +42,12 @@ def row_at(matrix, n, run, stride, jump):
     """Where row n, an int64 below 2^31, begins; see `layout` in warp_fast/_loss_rows.py."""
     runs = (n.to(tl.int32) // run).to(tl.int64)
     return matrix + n * stride + runs * jump
+
+
+@triton.jit
+def _place(token, size):
+    """A token's place in its row, in 32 bits; -1 for one outside the vocabulary."""
+    return tl.where((token >= 0) & (token < size), token, -1).to(tl.int32)
 
 
 @triton.jit
@@ -102,6 +110,7 @@ def sums_kernel(
             picked,
             picked_score(anchor_row, token, size, inner, outer, SOFTCAP, WIDE),
         )
+    sampled = _place(token, size)
     total = tl.zeros([VECTORS], tl.float64 if WIDE else tl.float32)
     weighted, apart, anchor_total = total, total, total
     top = total - float("inf")
@@ -109,25 +118,33 @@ def sums_kernel(
 
     for begin in range(first, end, VECTORS * LANES):
         offs = begin + lanes
-        others = (offs < size) & (offs != token)
+        stop = begin + VECTORS * LANES
+        # where some do not count in the sums
+        partial = (stop > size) | ((begin <= sampled) & (sampled < stop))
         z = tl.load(row + offs, mask=offs < size, other=0.0)
-        u = tl.where(others, scores(z, inner, outer, SOFTCAP, WIDE), float("-inf"))
+        u = scores(z, inner, outer, SOFTCAP, WIDE)
+        if ANCHOR:
+            w = tl.load(anchor_row + offs, mask=offs < size, other=0.0)
+            v = scores(w, inner, outer, SOFTCAP, WIDE)
+        if partial:
+            others = (offs < size) & (offs != sampled)
+            u = tl.where(others, u, float("-inf"))
+            if ANCHOR:
+                v = tl.where(others, v, float("-inf"))
         old = top
         top, base, scale = raised(old, u)
         u_low = u - base[:, None]
-        e = tl.exp(u_low)
+        e = exponential(u_low)
         if ENTROPY:
             lowered = weighted + tl.where(total > 0, total * (old - base), 0.0)
             weighted = lowered * scale + tl.sum(tl.where(e > 0, e * u_low, 0.0), axis=1)
         total = total * scale + tl.sum(e, axis=1)
         if ODDS >= 0:
-            near = tl.exp(u - picked) * slope(z, inner, outer, SOFTCAP, WIDE)
+            near = exponential(u - picked) * slope(z, inner, outer, SOFTCAP, WIDE)
             tl.store(odds_row + offs, rounded(near, ODDS), mask=offs < size)
         if ANCHOR:
-            z = tl.load(anchor_row + offs, mask=offs < size, other=0.0)
-            v = tl.where(others, scores(z, inner, outer, SOFTCAP, WIDE), float("-inf"))
             anchor_top, base, anchor_scale = raised(anchor_top, v)
-            anchor_e = tl.exp(v - base[:, None])
+            anchor_e = exponential(v - base[:, None])
             anchor_total = anchor_total * anchor_scale + tl.sum(anchor_e, axis=1)
             if EXACT == REVERSE:
                 apart = weighed(apart, scale) + tl.sum(weighed(u - v - shift, e), axis=1)
@@ -309,7 +326,7 @@ def gradient_kernel(
         if CLEAR:
             _clear(out_row, first, end, size, lanes, CODE, VECTORS)
         return
-    token = tl.load(token_ids + n)
+    sampled = _place(tl.load(token_ids + n), size)
     dlogp, dentropy = tl.load(upstream + n * 3), tl.load(upstream + n * 3 + 1)
     dkl = tl.load(upstream + n * 3 + 2)
     fine: tl.constexpr = tl.float64 if WIDE else tl.float32
@@ -317,23 +334,33 @@ def gradient_kernel(
     most, share = tl.load(place).to(fine), tl.load(place + 1).to(fine)
     low, rest = tl.load(place + 2).to(fine), tl.load(place + 3).to(fine)
     anchor_most, anchor_share = tl.load(place + 4).to(fine), tl.load(place + 5).to(fine)
-    shift, mean = tl.load(place + 6).to(fine), tl.load(place + 7).to(fine)
+    apart = (tl.load(place + 6) + tl.load(place + 7)).to(fine)
+    if not SOFTCAP:
+        # the slope is one number
+        whole = number(outer, WIDE)
+        dlogp, dentropy, dkl = dlogp * whole, dentropy * whole, dkl * whole
+    of_others, of_token = -dlogp * share, dlogp * rest
+    of_entropy, of_kl, of_anchor = dentropy * share, dkl * share, dkl * anchor_share
     for begin in range(first, end, VECTORS * LANES):
         offs = begin + lanes
         z = tl.load(row + offs, mask=offs < size, other=0.0)
         u = scores(z, inner, outer, SOFTCAP, WIDE)
-        p = tl.exp(u - most) * share
-        du = tl.where(offs == token, dlogp * rest, -dlogp * p)
-        du -= dentropy * weighed(u - most - low, p)
+        e = exponential(u - most)
+        du = of_others * e
+        if (begin <= sampled) & (sampled < begin + VECTORS * LANES):
+            du = tl.where(offs == sampled, of_token, du)
+        if dentropy != 0:
+            du -= of_entropy * weighed(u - most - low, e)
         if EXACT:
             w = tl.load(anchor_row + offs, mask=offs < size, other=0.0)
             v = scores(w, inner, outer, SOFTCAP, WIDE)
             if EXACT == REVERSE:
-                du += dkl * weighed(u - v - shift - mean, p)
+                du += of_kl * weighed(u - v - apart, e)
             else:
-                du += dkl * (p - tl.exp(v - anchor_most) * anchor_share)
-        dz = du * slope(z, inner, outer, SOFTCAP, WIDE)
-        tl.store(out_row + offs, rounded(dz, CODE), mask=offs < size)
+                du += of_kl * e - of_anchor * exponential(v - anchor_most)
+        if SOFTCAP:
+            du *= slope(z, inner, outer, SOFTCAP, WIDE)
+        tl.store(out_row + offs, rounded(du, CODE), mask=offs < size)
 
 
 @triton.jit

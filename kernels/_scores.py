@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from warp_fast.kernels._common import INTERPRETED
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -24,16 +27,38 @@ def number(value, WIDE: tl.constexpr):
 
 
 @triton.jit
+def exponential(x):
+    """exp, in fp32 as two instructions: 0 where it is below 2^-126."""
+    if x.dtype == tl.float64:
+        found = tl.exp(x)
+    else:
+        found = tl.exp2(x * _LOG2_E)
+    return found
+
+
+@triton.jit
+def _quotient(a, b):
+    """a / b, in fp32 to 2 ulp as two instructions; b is within 2^+-126."""
+    if INTERPRETED or b.dtype == tl.float64:
+        found = a / b
+    else:
+        found = libdevice.fast_dividef(a, b)
+    return found
+
+
+@triton.jit
 def _tanh(x):
     """tanh to some ulp of its value: a short odd polynomial (Cephes) where 1 - t would cancel."""
-    t = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - t) / (1.0 + t)
+    t = exponential(-2.0 * tl.abs(x))
+    far = _quotient(1.0 - t, 1.0 + t)
     found = tl.where(x < 0, -far, far)
     if x.dtype == tl.float32:
         s = x * x
-        series = ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s
-        near = x + x * s * ((series + 1.33314422036e-1) * s - 3.33332819422e-1)
-        found = tl.where(tl.abs(x) < 0.625, near, found)
+        series = tl.fma(s, -5.70498872745e-3, 2.06390887954e-2)
+        series = tl.fma(series, s, -5.37397155531e-2)
+        series = tl.fma(series, s, 1.33314422036e-1)
+        series = tl.fma(series, s, -3.33332819422e-1)
+        found = tl.where(tl.abs(x) < 0.625, tl.fma(x * s, series, x), found)
     return found
 
 
@@ -52,8 +77,10 @@ def scores(z, inner, outer, SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
 def slope(z, inner, outer, SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
     """Derivative of the score: 1 - tanh^2 without its cancellation."""
     if SOFTCAP:
-        t = tl.exp(-2.0 * tl.abs(z.to(tl.float64 if WIDE else tl.float32) * number(inner, WIDE)))
-        found = 4.0 * t / ((1.0 + t) * (1.0 + t)) * number(inner * outer, WIDE)
+        x = z.to(tl.float64 if WIDE else tl.float32) * number(inner, WIDE)
+        t = exponential(-2.0 * tl.abs(x))
+        part = _quotient(1.0, 1.0 + t)
+        found = t * part * part * number(4 * inner * outer, WIDE)
     else:
         found = number(outer, WIDE)
     return found
@@ -85,7 +112,7 @@ def raised(top, u):
     sums relative to the old one."""
     most = tl.maximum(top, tl.max(u, axis=1))
     base = tl.where(most == float("-inf"), 0.0, most)
-    return most, base, tl.exp(top - base)
+    return most, base, exponential(top - base)
 
 
 @triton.jit

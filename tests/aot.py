@@ -36,7 +36,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came out: bytes of spills and counts of instructions, by their names in SASS or PTX."""
+    """What came out: bytes of spills and counts of instructions, by their names in SASS or PTX.
+
+    fused_fp32: multiply-adds that the compiler made of a product and a sum.
+    """
 
     name: str
     capability: int
@@ -273,7 +276,7 @@ def compile_variant(kernels: Any, variant: Variant, capability: int) -> Compiled
         local,
         len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)),
         len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
-        len(re.findall(r"\bFFMA", sass)),
+        len(re.findall(r"\bFFMA", sass)) - len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", ptx)),
     )
 
 
