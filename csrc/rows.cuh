@@ -307,6 +307,7 @@ WARP_FAST_BOTH void gradient(const Coefficients& c, const float (&u)[kVector],
             du[i] -= c.dentropy * weighed(u[i] - c.top - c.low, p[i]);
         }
     }
+    if (c.dkl == 0) return;  // the KL may be infinite
     for (int i = 0; EXACT == kReverse && i < kVector; ++i) {
         du[i] += c.dkl * weighed(u[i] - v[i] - c.shift - c.apart, p[i]);
     }

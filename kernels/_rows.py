@@ -351,7 +351,7 @@ def gradient_kernel(
             du = tl.where(offs == sampled, of_token, du)
         if dentropy != 0:
             du -= of_entropy * weighed(u - most - low, e)
-        if EXACT:
+        if EXACT and dkl != 0:  # else the KL may be infinite
             w = tl.load(anchor_row + offs, mask=offs < size, other=0.0)
             v = scores(w, inner, outer, SOFTCAP, WIDE)
             if EXACT == REVERSE:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import warp_fast
 from tests.test_loss_checks import V, arguments, both, gradients, loss_of, served
-from warp_fast import _loss_checks
+from warp_fast import _loss_checks, linear_token_logprobs
 from warp_fast._objective import Rows
 from warp_fast._precision import as_given
 
@@ -81,6 +82,64 @@ def test_the_anchor_may_be_overwritten_once_the_loss_is_there(
 def test_the_anchor_has_no_gradient(form: str, backend: str) -> None:
     loss = loss_of(arguments(form, 2, 3), backend=backend)
     assert loss.logprobs.requires_grad and not loss.anchor_logprobs.requires_grad
+
+
+@pytest.mark.parametrize("kl", ["reward", "reward_to_go", "k2", "k3", "reverse", "forward"])
+@served
+@both
+def test_a_beta_of_0_watches_a_kl_that_may_be_infinite(form: str, backend: str, kl: Any) -> None:
+    """The anchor all but bars the sampled tokens, or does; the gradient is that without a KL."""
+    given = arguments(form, 2, 3)
+    expected = loss_of(given, kl="none", backend=backend).loss
+    if form == "logits":
+        given["anchor_logits"] = given["anchor_logits"].scatter(
+            2, given["token_ids"][..., None], -torch.inf
+        )
+    elif kl in ("reverse", "forward"):
+        given["anchor_hidden"] = given["anchor_hidden"] * 1e30
+    else:
+        del given["anchor_hidden"], given["anchor_weight"]
+        given["anchor_logprobs"] = torch.full((2, 3), -torch.inf)
+    found = loss_of(given, kl=kl, beta=0.0, backend=backend)
+    assert kl == "forward" or not (found.kl < 1e20).any()
+    torch.testing.assert_close(found.loss, expected)
+    for ours, gold in zip(gradients(given, found.loss), gradients(given, expected), strict=True):
+        torch.testing.assert_close(ours, gold)
+
+
+@served
+def test_a_token_that_the_policy_bars_may_have_no_advantage(backend: str) -> None:
+    given = arguments("logits", 2, 3)
+    given["advantages"] = torch.tensor([0.0, 1.0])
+    logits = given["logits"].detach().clone()
+    logits[0, 0, given["token_ids"][0, 0]] = -torch.inf
+    given["logits"] = logits.requires_grad_()
+    loss = loss_of(given, kl="none", backend=backend).loss
+    assert loss.isfinite() and loss != 0
+    (slope,) = gradients(given, loss)
+    assert slope.isfinite().all() and (slope[0] == 0).all()
+
+
+@pytest.mark.parametrize("kl", ["reward", "reverse", "forward"])
+@served
+@both
+def test_rollouts_and_anchors_may_come_from_inference_mode(
+    form: str, backend: str, kl: Any
+) -> None:
+    given = arguments(form, 2, 3)
+    expected = gradients(given, loss_of(given, kl=kl, backend=backend).loss)
+    with torch.inference_mode():
+        for name in ("token_ids", "advantages", *(n for n in given if n.startswith("anchor"))):
+            given[name] = given[name].clone()
+    loss = loss_of(given, kl=kl, backend=backend)
+    for ours, gold in zip(gradients(given, loss.loss), expected, strict=True):
+        assert torch.equal(ours, gold)
+    again = gradients(given, loss.logprobs.sum())
+    names = ("logits",) if form == "logits" else ("hidden", "weight")
+    function: Any = warp_fast.token_logprobs if form == "logits" else linear_token_logprobs
+    logprobs = function(*[given[n] for n in names], given["token_ids"], backend=backend)
+    for ours, gold in zip(gradients(given, logprobs.sum()), again, strict=True):
+        torch.testing.assert_close(ours, gold)
 
 
 def test_rows_behind_the_last_sequence_are_masked_where_nobody_can_look(

@@ -15,6 +15,7 @@ import torch.distributed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import warp_fast
 from tests.small_lm import SmallLM, batch, gradients
 from tests.test_loss_checks import B, T, arguments, loss_of, served
 
@@ -101,6 +102,23 @@ def test_a_compiled_step_is_the_step(backend: str) -> None:
                 module.zero_grad()
                 loss(given, anchor.logprobs(given), **options).backward()
             torch.testing.assert_close(gradients(policy), gradients(plain), rtol=1e-5, atol=1e-7)
+
+
+@served
+def test_logits_of_every_size_have_one_graph(backend: str) -> None:
+    def loss(logits: Tensor, ids: Tensor, advantages: Tensor, beta: float) -> Tensor:
+        of_loss = warp_fast.warp_loss(
+            logits, ids, advantages, anchor_logits=logits, beta=beta, backend=backend
+        )
+        return of_loss.loss + warp_fast.token_logprobs(logits, ids, backend=backend).sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for tokens in range(3, 10):
+            given = torch.randn(tokens % 4 + 2, tokens, 7, requires_grad=True)
+            rest = torch.randint(0, 7, given.shape[:2]), torch.randn(len(given)), 0.1 * tokens
+            torch.testing.assert_close(compiled(given, *rest), loss(given, *rest))
 
 
 @served

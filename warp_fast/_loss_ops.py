@@ -18,6 +18,8 @@ from warp_fast._stats_ops import (
     gradient_dtype,
     kept_state,
     rounded,
+    save,
+    saved,
     upstream_of,
 )
 from warp_fast.native import linear_loss as native_linear_loss
@@ -87,7 +89,7 @@ def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.head = (heads.temperature, heads.softcap, exact_kl_of(terms.kl))
     anchor = heads[2:4] if ctx.head[2] else (None, None)
     rest = rows.token_ids, rows.mask, host_mask, found.state, found.slopes
-    ctx.save_for_backward(*heads[:2], *anchor, *rest)
+    save(ctx, [*heads[:2], *anchor, *rest])
     # given away by the first backward pass, and so not among the saved tensors, which outlive it
     made = zip((found.dhidden, found.dweight), needs, strict=True)
     ctx.made = [part.detach() if need else None for part, need in made]
@@ -122,7 +124,7 @@ def _linear_loss_autograd(backward: Any, scaled: Any) -> Kernel:
 
     def again(ctx: Any, dtotal: Tensor | None, *of_stats: Tensor | None) -> Gradients:
         """The gradients for any upstream, from the logits made again."""
-        hidden, weight, *anchor, token_ids, mask, host_mask, state, slopes = ctx.saved_tensors
+        hidden, weight, *anchor, token_ids, mask, host_mask, state, slopes = saved(ctx)
         none = torch.zeros_like(slopes[:, 0])
         upstream = upstream_of(mask, *[none if x is None else x for x in of_stats])
         if dtotal is not None:
@@ -141,7 +143,7 @@ def _linear_loss_autograd(backward: Any, scaled: Any) -> Kernel:
         of_total_alone = all(x is None for x in of_stats) and not torch.is_grad_enabled()
         parts: Gradients
         if there and of_total_alone and dtotal is not None:
-            of = ctx.saved_tensors[:2]
+            of = saved(ctx)[:2]
             parts = [final(part, dtotal, like) for part, like in zip(made, of, strict=True)]
         else:
             parts = again(ctx, dtotal, *of_stats)

@@ -93,7 +93,7 @@ def objective(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
     difference = (logp - stats.anchor_logprobs).detach()
     total = -_gain(logp, _coefficients(rows, difference, terms), terms)
     if terms.kl not in COUPLED:
-        total = total + terms.beta * divergence(stats, terms.kl)
+        total = total + _penalty(terms, divergence(stats, terms.kl))
     return torch.where(rows.mask, total, 0).sum()
 
 
@@ -103,9 +103,9 @@ def slopes(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
     difference = logp - stats.anchor_logprobs
     of_logp = -_gain_slope(logp, _coefficients(rows, difference, terms), terms)
     if terms.kl == "k2":
-        of_logp = of_logp + terms.beta * difference
+        of_logp = of_logp + _penalty(terms, difference)
     elif terms.kl == "k3":
-        of_logp = of_logp - terms.beta * torch.expm1(-difference)
+        of_logp = of_logp - _penalty(terms, torch.expm1(-difference))
     of_kl = torch.full_like(logp, terms.beta if terms.kl in checks.EXACT else 0.0)
     found = torch.stack([of_logp, torch.zeros_like(logp), of_kl], dim=1)
     return torch.where(rows.mask[:, None], found, 0)
@@ -158,10 +158,15 @@ def _coefficients(rows: Rows, difference: Tensor, terms: Terms) -> Tensor:
     """[N]: c, the advantage with the KL of the reward in it."""
     found = terms.advantages.to(difference.dtype)
     if terms.kl == "reward":
-        found = found - terms.beta * rows.total(difference)
+        found = found - _penalty(terms, rows.total(difference))
     elif terms.kl == "reward_to_go":
-        found = found - terms.beta * rows.to_go(difference)
+        found = found - _penalty(terms, rows.to_go(difference))
     return torch.where(rows.mask, found, 0)
+
+
+def _penalty(terms: Terms, estimate: Tensor) -> Tensor:
+    """beta times it; with a beta of 0 the KL is only watched, and may be infinite."""
+    return torch.zeros_like(estimate) if terms.beta == 0 else terms.beta * estimate
 
 
 def _free_and_clipped(logp: Tensor, coefficients: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -185,7 +190,8 @@ def _free_and_clipped(logp: Tensor, coefficients: Tensor, terms: Terms) -> tuple
 def _gain(logp: Tensor, coefficients: Tensor, terms: Terms) -> Tensor:
     """What the policy gradient ascends: c log pi, or the (clipped) importance ratio times c."""
     if terms.old_logprobs is None:
-        return coefficients * logp
+        # a log-prob of -inf must meet no 0
+        return coefficients * torch.where(coefficients == 0, 0, logp)
     free, clipped = _free_and_clipped(logp, coefficients, terms)
     return free + clipped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -45,7 +46,9 @@ def _fake_stats(state: int) -> Kernel:
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
-        rows, dtype = tensors[0].shape[:-1].numel(), reference_loss.compute_dtype(*tensors)
+        # torch.Size.numel() would tie a trace to one number of rows
+        rows = math.prod(tensors[0].shape[:-1])
+        dtype = reference_loss.compute_dtype(*tensors)
         found = [tensors[0].new_empty(rows, dtype=dtype) for _ in range(4)]
         return *found, tensors[0].new_empty((rows, state), dtype=torch.float64)
 
@@ -99,18 +102,31 @@ def _stateless(forward: Kernel) -> Kernel:
     return run
 
 
+def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """For the backward pass; tensors of inference mode, which autograd refuses, as they are."""
+    ctx.kept = [x if x is not None and x.is_inference() else None for x in tensors]
+    pairs = zip(tensors, ctx.kept, strict=True)
+    ctx.save_for_backward(*[None if kept is not None else x for x, kept in pairs])
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What `save` was given."""
+    pairs = zip(ctx.saved_tensors, ctx.kept, strict=True)
+    return [x if kept is None else kept for x, kept in pairs]
+
+
 def _save_stats(policy: int) -> Kernel:
     """policy: how many tensors come before those of the anchor."""
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, temperature, softcap, exact_kl, _ = inputs
         if not exact_kl:  # the gradient needs no anchor, which the caller may drop or write to
             tensors[policy:] = [None] * len(tensors[policy:])
         ctx.mark_non_differentiable(output[2], output[4])
-        ctx.save_for_backward(*tensors, output[4])
+        save(ctx, [*tensors, output[4]])
         ctx.head = (temperature, softcap, exact_kl)
 
-    return save
+    return setup
 
 
 def upstream_of(mask: Tensor, dlogprobs: Tensor, dentropy: Tensor, dkl: Tensor) -> Tensor:
@@ -125,7 +141,7 @@ def kept_state(state: Tensor) -> Tensor | None:
 
 def _stats_autograd(backward: Any) -> Kernel:
     def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, token_ids, mask, anchor_logits, state = ctx.saved_tensors
+        logits, token_ids, mask, anchor_logits, state = saved(ctx)
         upstream = upstream_of(mask, gradients[0], gradients[1], gradients[3])
         dlogits = backward(upstream, logits, token_ids, anchor_logits, *ctx.head, kept_state(state))
         return dlogits, *[None] * 7
@@ -147,7 +163,7 @@ def rounded(found: Sequence[Tensor], of: tuple[Tensor, Tensor], needs: Sequence[
 
 def _linear_stats_autograd(backward: Any) -> Kernel:
     def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, token_ids, mask, *anchor, state = ctx.saved_tensors
+        hidden, weight, token_ids, mask, *anchor, state = saved(ctx)
         upstream = upstream_of(mask, gradients[0], gradients[1], gradients[3])
         needs = tuple(ctx.needs_input_grad[:2])
         rest = (*anchor, *ctx.head, *needs, kept_state(state), None, gradient_dtype(weight))

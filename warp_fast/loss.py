@@ -269,7 +269,7 @@ def linear_warp_loss(
         anchor_weight: [V, D] head weight of the anchor; None means the policy's, detached (a frozen
             head).
         low_memory: make the gradients in the backward pass, from logits made again.
-        The others: as in `warp_loss`.
+        The others: as in `warp_loss`. Under torch.compile another beta compiles again.
 
     Returns, Raises: as `warp_loss`.
 

@@ -117,13 +117,14 @@ def coefficients_of(state: Tensor, upstream: Tensor, exact_kl: str, temperature:
     policy, zero = row.policy, torch.zeros_like(dkl)
     a, b, c, q, anchor_top = dentropy * row.moment, -dentropy, zero, zero, zero
     if exact_kl == "reverse":
-        a, c = a - dkl * row.cross(exact_kl), dkl
+        # a KL that nobody asks the gradient of may be infinite
+        a, c = a - torch.where(dkl == 0, 0, dkl * row.cross(exact_kl)), dkl
     elif exact_kl == "forward":
         a, q, anchor_top = a + dkl, dkl / row.anchor.total, row.anchor.top
     # of the sampled token, with 1 - p from the others
     slope = a + b * row.below
     if exact_kl == "reverse":
-        slope = slope + c * row.apart
+        slope = slope + torch.where(c == 0, 0, c * row.apart)
     token = torch.where(policy.token == 0, 0, policy.token * slope) + dlogprobs * policy.others
     if exact_kl == "forward":
         token = token - dkl * row.anchor.token

@@ -77,7 +77,8 @@ def _row_gradient(
         du -= dentropy * torch.where(p > 0, p * (logp + entropy), 0)
     if logq is not None and exact_kl == "reverse":
         kl = _expectation(p, logp - logq)[:, None]
-        du += dkl * torch.where(p > 0, p * (logp - logq - kl), 0)
+        # a KL that nobody asks the gradient of may be infinite
+        du += torch.where((p > 0) & (dkl != 0), dkl * p * (logp - logq - kl), 0)
     elif logq is not None and exact_kl == "forward":
         du += dkl * (p - logq.exp())
     return du
