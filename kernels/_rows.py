@@ -351,13 +351,14 @@ def gradient_kernel(
             du = tl.where(offs == sampled, of_token, du)
         if dentropy != 0:
             du -= of_entropy * weighed(u - most - low, e)
-        if EXACT and dkl != 0:  # else the KL may be infinite
-            w = tl.load(anchor_row + offs, mask=offs < size, other=0.0)
-            v = scores(w, inner, outer, SOFTCAP, WIDE)
-            if EXACT == REVERSE:
-                du += of_kl * weighed(u - v - apart, e)
-            else:
-                du += of_kl * e - of_anchor * exponential(v - anchor_most)
+        if EXACT:
+            if dkl != 0:  # else the KL may be infinite
+                w = tl.load(anchor_row + offs, mask=offs < size, other=0.0)
+                v = scores(w, inner, outer, SOFTCAP, WIDE)
+                if EXACT == REVERSE:
+                    du += of_kl * weighed(u - v - apart, e)
+                else:
+                    du += of_kl * e - of_anchor * exponential(v - anchor_most)
         if SOFTCAP:
             du *= slope(z, inner, outer, SOFTCAP, WIDE)
         tl.store(out_row + offs, rounded(du, CODE), mask=offs < size)

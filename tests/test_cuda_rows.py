@@ -228,6 +228,16 @@ def test_tokens_at_minus_infinity(rows: ctypes.CDLL, threads: int) -> None:
     assert stats[0].isnan() and gradient.isnan().any()
 
 
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_an_infinite_kl_that_nobody_asks_the_gradient_of(rows: ctypes.CDLL, kl: str) -> None:
+    logits, anchor = torch.randn(40), torch.randn(40)
+    (anchor if kl == "reverse" else logits)[7] = -INF
+    upstream = torch.tensor([1.0, 0.0, 0.0])
+    stats, gradient = found(rows, logits, anchor, 3, upstream, kl=kl)
+    assert stats[3] == INF
+    assert torch.equal(gradient, found(rows, logits, anchor, 3, upstream)[1])
+
+
 @pytest.mark.parametrize("kl", ["", "reverse"])
 def test_logits_of_1e4(rows: ctypes.CDLL, kl: str) -> None:
     for signs, token in (([1, -1, -1], 0), ([1, 1, -1], 1), ([-1, 1, 1], 0), ([1, 1, 1], 2)):

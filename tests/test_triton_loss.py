@@ -148,6 +148,18 @@ def test_tokens_at_minus_infinity(kept: int) -> None:
         assert not any(values.any() for values in found[:4])
 
 
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_an_infinite_kl_that_nobody_asks_the_gradient_of(kl: str) -> None:
+    """One that is watched, with a beta of 0."""
+    leaves, anchor, ids = problem("logits", 3, 9)
+    (anchor if kl == "reverse" else leaves)[0][:, 5] = -INF
+    found = forward(leaves, anchor, ids % 5, some_mask(3), PLAIN, kl)
+    assert (found[3][some_mask(3)] == INF).all()
+    upstream = torch.tensor([1.0, 0.0, 0.0], device=DEVICE) * some_mask(3)[:, None]
+    given = backward(leaves, anchor, upstream, ids % 5, PLAIN, kl, found[4])
+    torch.testing.assert_close(given, backward(leaves, [], upstream, ids % 5, PLAIN, ""))
+
+
 @both
 @pytest.mark.parametrize("depth", [88.0, 104.0, 300.0])
 def test_logprobs_whose_probability_underflows(depth: float, form: str) -> None:
