@@ -53,7 +53,7 @@ struct MergeCall {
 
 // the columns of one row of LossCall.state, whose sums leave out the sampled token: beside one of
 // almost all probability the others would be rounded away; the anchor has a side of its own, in
-// whose last column is the cross sum of the exact KL
+// whose last column is the cross sum of the exact KL, of scores below their maxima
 enum LossState : int { kMax, kSum, kTarget, kMoment, kSideWidth, kCross = 7, kStateWidth = 8 };
 
 // the columns of one row of LossCall.coefficients
@@ -62,7 +62,8 @@ enum LossCoefficient : int {
     kFactor,         // A of block_gradient, over the sum
     kMomentFactor,   // B, over the sum
     kCrossFactor,    // C, over the sum
-    kAnchorShift,    // the maximum score of the anchor
+    kMean,           // M of block_gradient
+    kAnchorShift,    // the maximum score of the anchor; with C without the sampled token
     kAnchorFactor,   // Q, over the sum of the anchor
     kOfTarget,       // du of the sampled token
     kCoefficients

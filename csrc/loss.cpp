@@ -159,19 +159,29 @@ float shift_of(const double* side) {
     return side[kMax] == -static_cast<double>(kInfinity) ? 0 : static_cast<float>(side[kMax]);
 }
 
-// Add a block to one side, and to its moment if there is one. cross: the sum of e (u - other).
+// what both sides are apart by their maxima
+double difference_of(const double* side, const double* anchor_side) {
+    return static_cast<double>(shift_of(side)) - shift_of(anchor_side);
+}
+
+// Add a block to one side, and to its moment if there is one. cross: the sum of e (u - other), each
+// below the maximum of its side: a large difference of both would hide the digits of a small KL.
 template <bool MOMENT, bool CROSS>
 void add_block(double* side, const Block& u, int64_t count, double* moment, const Block& other,
-               double* cross) {
+               const double* other_side, double* cross) {
+    const f32x8 other_shift = all(CROSS ? shift_of(other_side) : 0);
     const f32x8 shift = all(shift_of(side));
     f32x8 sum[2] = {}, moments[2] = {}, crosses[2] = {};
     for (int64_t j = 0; j < count; j += kLanes) {
         // two at a time: one alone waits for itself
         for (int i = 0; i < 2; ++i) {
-            const f32x8 score = at(u, j + 8 * i), d = score - shift, e = exponential(d);
+            const f32x8 d = at(u, j + 8 * i) - shift, e = exponential(d);
             sum[i] += e;
             if (MOMENT) moments[i] += e * (d < all(kNothing) ? all(kNothing) : d);
-            if (CROSS) crosses[i] += e == all(0) ? all(0) : e * (score - at(other, j + 8 * i));
+            if (CROSS) {
+                const f32x8 apart = d - (at(other, j + 8 * i) - other_shift);
+                crosses[i] += e == all(0) ? all(0) : e * apart;
+            }
         }
     }
     side[kSum] += sum8(sum[0] + sum[1]);
@@ -179,12 +189,12 @@ void add_block(double* side, const Block& u, int64_t count, double* moment, cons
     if (CROSS) *cross += sum8(crosses[0] + crosses[1]);
 }
 
-void add_block(double* side, const Block& u, int64_t count, double* moment, const Block& other,
-               double* cross) {
-    if (moment && cross) return add_block<true, true>(side, u, count, moment, other, cross);
-    if (moment) return add_block<true, false>(side, u, count, moment, other, cross);
-    if (cross) return add_block<false, true>(side, u, count, moment, other, cross);
-    add_block<false, false>(side, u, count, moment, other, cross);
+void add_block(double* side, const Block& u, int64_t count, double* moment, const Block& v,
+               const double* other, double* cross) {
+    if (moment && cross) return add_block<true, true>(side, u, count, moment, v, other, cross);
+    if (moment) return add_block<true, false>(side, u, count, moment, v, other, cross);
+    if (cross) return add_block<false, true>(side, u, count, moment, v, other, cross);
+    add_block<false, false>(side, u, count, moment, v, other, cross);
 }
 
 LossMatrix row_of(const LossMatrix& matrix, int64_t row) {
@@ -208,6 +218,7 @@ void row_stats(const LossCall& call, int64_t row) {
     for (int64_t j = 0; j < call.width; j += kBlock) {
         const int64_t count = call.width - j < kBlock ? call.width - j : kBlock;
         const bool here = j <= target && target < j + count;
+        const double before = difference_of(side, anchor_side);
         scores(call, logits, j, count, u, nullptr);
         if (here) leave_out(u, target - j, side + kTarget);
         lift(side, largest(u, count), moment, reverse);
@@ -215,21 +226,24 @@ void row_stats(const LossCall& call, int64_t row) {
             scores(call, anchor, j, count, v, nullptr);
             if (here) leave_out(v, target - j, anchor_side + kTarget);
             lift(anchor_side, largest(v, count), nullptr, forward);
-            add_block(anchor_side, v, count, nullptr, u, forward);
+            const double step = difference_of(side, anchor_side) - before;
+            if (reverse) *reverse -= step * side[kSum];
+            if (forward) *forward += step * anchor_side[kSum];
+            add_block(anchor_side, v, count, nullptr, u, side, forward);
         }
-        add_block(side, u, count, moment, v, reverse);
+        add_block(side, u, count, moment, v, anchor_side, reverse);
     }
 }
 
-// du = p (A + B (u - max) + C (u - v)) - Q q, all divided by the temperature; C is of a reverse KL, Q
-// of a forward one
+// du = p (A + B u + C (u - v - M)) - Q q, all divided by the temperature, u and v below their shifts;
+// C is of a reverse KL, Q of a forward one
 template <bool ENTROPY, ExactKl EXACT>
 void block_gradient(const float* c, Block& u, const Block& v, int64_t count) {
     for (int64_t j = 0; j < count; j += 8) {
-        const f32x8 score = at(u, j), d = score - c[kShift], e = exponential(d);
+        const f32x8 d = at(u, j) - c[kShift], e = exponential(d);
         f32x8 slope = all(c[kFactor]);
         if (ENTROPY) slope += d * c[kMomentFactor];
-        if (EXACT == kReverse) slope += (score - at(v, j)) * c[kCrossFactor];
+        if (EXACT == kReverse) slope += (d - (at(v, j) - c[kAnchorShift]) - c[kMean]) * c[kCrossFactor];
         f32x8 du = e * slope;
         if (ENTROPY || EXACT == kReverse) du = e == all(0) ? all(0) : du;
         if (EXACT == kForward) du -= exponential(at(v, j) - c[kAnchorShift]) * c[kAnchorFactor];

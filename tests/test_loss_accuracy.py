@@ -222,6 +222,31 @@ def test_kl_gradient_to_a_slow_anchor(kl: Any, ulps: int, share: float, backend:
     assert distance(result.kl.detach(), values) < 0.02
 
 
+@served
+@pytest.mark.parametrize("moved", ["policy", "anchor"])
+@pytest.mark.parametrize("apart", [20.0, 1e4])
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_a_small_kl_of_scores_that_lie_apart(
+    kl: Any, apart: float, moved: str, backend: str
+) -> None:
+    """A softmax knows nothing of a constant, and fp32 loses digits to it."""
+    logits = 3 * torch.randn(4, 2000)
+    anchor = logits + 0.02 * torch.randn(4, 2000)
+    (logits if moved == "policy" else anchor).add_(apart)
+    found, slopes = {}, {}
+    for dtype, by in ((FP32, backend), (FP64, "reference")):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        result = warp_fast.warp_loss(
+            leaf, torch.arange(4), torch.zeros(1), anchor_logits=anchor.to(dtype), beta=1.0, kl=kl,
+            cu_seqlens=torch.tensor([0, 4]), backend=by,
+        )  # fmt: skip
+        (slopes[dtype],) = torch.autograd.grad(result.loss, leaf)
+        found[dtype] = result.kl.detach()
+    assert (1e-4 < found[FP64]).all() and (found[FP64] < 1e-3).all()
+    assert distance(found[FP32], found[FP64]) < 0.02
+    assert distance(slopes[FP32], slopes[FP64]) < 1e-3
+
+
 class Completions:
     """Every completion of one or two tokens from 3, with its probability and reward, in float64.
 

@@ -110,7 +110,9 @@ def test_logits_of_every_size_have_one_graph(backend: str) -> None:
         of_loss = warp_fast.warp_loss(
             logits, ids, advantages, anchor_logits=logits, beta=beta, backend=backend
         )
-        return of_loss.loss + warp_fast.token_logprobs(logits, ids, backend=backend).sum()
+        logprobs = warp_fast.token_logprobs(logits, ids, backend=backend)
+        total: Tensor = of_loss.loss + logprobs.sum()
+        return total
 
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

@@ -54,6 +54,8 @@ class _Whole:
 
     Attributes:
         below, anchor_below: u - max of the sampled token, and v - max.
+        base, anchor_base: maxima without the sampled token, 0 for -inf; the cross sum is of scores
+            below them.
         apart: u - v of the sampled token.
         moment: the mean of u - max.
     """
@@ -62,6 +64,7 @@ class _Whole:
         top, rest, picked, moment, *anchor, anchor_picked, self._cross = state.unbind(1)
         self.policy, self._of_anchor = _Side.of(top, rest, picked), (*anchor, anchor_picked)
         self.below, self.apart = picked - self.policy.top, picked - anchor_picked
+        self.base, self.anchor_base = (torch.where(x == -torch.inf, 0, x) for x in (top, anchor[0]))
         raised = torch.where(rest == 0, 0, rest * (top - self.policy.top))
         self.moment = self.policy.mean(moment + raised, self.below)
 
@@ -73,11 +76,14 @@ class _Whole:
     def anchor_below(self) -> Tensor:
         return self._of_anchor[2] - self.anchor.top
 
-    def cross(self, exact_kl: str) -> Tensor:
-        """The mean of u - v under the policy or, where forward, of v - u under the anchor."""
+    def cross(self, exact_kl: str, shift: Tensor) -> Tensor:
+        """The mean of u - v - shift under the policy, or where forward under the anchor."""
+        left_out = self.base - self.anchor_base
         if exact_kl == "forward":
-            return self.anchor.mean(self._cross, -self.apart)
-        return self.policy.mean(self._cross, self.apart)
+            mean = -self.anchor.mean(self._cross, left_out - self.apart)
+        else:
+            mean = self.policy.mean(self._cross, self.apart - left_out)
+        return mean + (left_out - shift)
 
 
 def statistics_of(state: Tensor, anchored: bool, exact_kl: str, entropy: bool) -> Tensor:
@@ -92,11 +98,10 @@ def statistics_of(state: Tensor, anchored: bool, exact_kl: str, entropy: bool) -
         return found
     anchor = row.anchor
     found[2] = (row.anchor_below - anchor.log_total).clamp(max=0)
-    apart = (policy.top - anchor.top) + (policy.log_total - anchor.log_total)
-    if exact_kl == "reverse":
-        found[3] = (row.cross(exact_kl) - apart).clamp(min=0)
-    elif exact_kl == "forward":
-        found[3] = (row.cross(exact_kl) + apart).clamp(min=0)
+    if exact_kl:
+        cross = row.cross(exact_kl, policy.top - anchor.top)
+        kl = cross - (policy.log_total - anchor.log_total)
+        found[3] = (kl if exact_kl == "reverse" else -kl).clamp(min=0)
     return found
 
 
@@ -111,22 +116,28 @@ def by_row(
 
 
 def coefficients_of(state: Tensor, upstream: Tensor, exact_kl: str, temperature: float) -> Tensor:
-    """[n, 7] of `LossCoefficient` in csrc/cpu.h: du = p (A + B (u - max) + C (u - v)) - Q q."""
+    """[n, 8] of `LossCoefficient` in csrc/cpu.h; u and v are below their shifts there."""
     dlogprobs, dentropy, dkl = upstream.double().T / temperature
     row = _Whole(state)
     policy, zero = row.policy, torch.zeros_like(dkl)
-    a, b, c, q, anchor_top = dentropy * row.moment, -dentropy, zero, zero, zero
+    a, b, c, q = dentropy * row.moment, -dentropy, zero, zero
+    rounded, anchor_shift = zero, zero
+    slope = a + b * row.below  # of the sampled token
     if exact_kl == "reverse":
+        # below what the cross sum was: rounded alike, so that what cancels does
+        anchor_shift, apart = row.anchor_base, policy.top - row.anchor_base
         # a KL that nobody asks the gradient of may be infinite
-        a, c = a - torch.where(dkl == 0, 0, dkl * row.cross(exact_kl)), dkl
+        mean = torch.where(dkl == 0, 0, row.cross(exact_kl, apart))
+        slope = slope + torch.where(dkl == 0, 0, dkl * (row.apart - apart - mean))
+        # off before anything is multiplied: what is left to round is small where it matters
+        rounded = mean.float().double()
+        a, c = a + dkl * (rounded - mean), dkl
     elif exact_kl == "forward":
-        a, q, anchor_top = a + dkl, dkl / row.anchor.total, row.anchor.top
-    # of the sampled token, with 1 - p from the others
-    slope = a + b * row.below
-    if exact_kl == "reverse":
-        slope = slope + torch.where(c == 0, 0, c * row.apart)
+        a, slope = a + dkl, slope + dkl
+        q, anchor_shift = dkl / row.anchor.total, row.anchor.top
+    # with 1 - p from the others
     token = torch.where(policy.token == 0, 0, policy.token * slope) + dlogprobs * policy.others
     if exact_kl == "forward":
         token = token - dkl * row.anchor.token
     columns = [policy.top, *((x / policy.total) for x in (a - dlogprobs, b, c))]
-    return torch.stack([*columns, anchor_top, q, token], 1).float()
+    return torch.stack([*columns, rounded, anchor_shift, q, token], 1).float()
