@@ -29,7 +29,7 @@ def steps_over(reach: int, dimensions: Iterable[tuple[int, int]]) -> bool:
     return True
 
 
-def _is_apart(tensor: Tensor) -> bool:
+def is_apart(tensor: Tensor) -> bool:
     """Whether no two of its elements are in one place; False where that is hard to tell."""
     if tensor.is_contiguous():
         return True
@@ -50,7 +50,7 @@ def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: b
         spans = sorted(zip(starts, stops, strict=True))
         if all([stop <= start for (_, stop), (start, _) in itertools.pairwise(spans)]):
             return
-    if odd := [tensor for tensor in written if not _is_apart(tensor)]:
+    if odd := [tensor for tensor in written if not is_apart(tensor)]:
         raise ValueError(
             "a tensor that is written must have each element in a place of its own; got shape "
             f"{tuple(odd[0].shape)} and strides {odd[0].stride()}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from warp_fast._overlap import is_apart
 from warp_fast._sharded import check_layout, gatherers, is_sharded, local, with_local
 from warp_fast.ema import ema_update_
 from warp_fast.reference.ema import join_float32, split_float32
@@ -37,13 +40,15 @@ class EMAAnchor:
             the dtype of the storage and sharded like the policy. Its values are overwritten.
 
     Attributes:
-        module: the anchor itself, in eval mode, without gradients; call it like the policy.
+        module: the anchor itself, in eval mode, with parameters that take no gradient; call it like
+            the policy, under torch.no_grad() (hooks are copied too, and some make inputs take one).
         step: updates made since the last reset.
 
     Raises:
-        ValueError: unknown storage, a rate outside [0, 1], or a module unlike the policy; later, a
-            parameter that was frozen before, or is another object than before.
-            TypeError: a float64 parameter in split or bf16 storage.
+        ValueError: unknown storage, a rate outside [0, 1], a module unlike the policy, or a policy
+            whose copy would still be the policy; later, before anything is written, a parameter
+            that was frozen before, is another object, gone or new, other buffers, or an anchor cast
+            to another dtype. TypeError: a float64 parameter in split or bf16 storage.
 
     Traffic: an update reads the trainable parameters and reads and writes the average: 10 bytes per
         parameter for split or fp32 storage of a bf16 policy, 6 for bf16.
@@ -60,9 +65,8 @@ class EMAAnchor:
     ) -> None:
         if storage not in ("split", "fp32", "bf16"):
             raise ValueError(f"storage must be 'split', 'fp32' or 'bf16'; got {storage!r}")
-        if not 0.0 <= rate <= 1.0:
-            raise ValueError(f"rate must be in [0, 1]; got {rate}")
-        if isinstance(policy, nn.parallel.DistributedDataParallel):
+        _check_rate(rate)
+        if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in policy.modules()):
             raise ValueError(
                 "policy must be what DistributedDataParallel wraps; pass policy.module"
             )
@@ -83,7 +87,9 @@ class EMAAnchor:
             for name, average in self._averages.items():
                 self._residuals[name] = torch.zeros_like(average, dtype=torch.int16)
         self._sources = list(trainable.values())
-        self._known = {n: (p, *_home_of(n, policy)) for n, p in policy.named_parameters()}
+        self._known = dict(policy.named_parameters())
+        self._dtypes = list(dtypes.values())
+        self._in_place = _parameters(policy)
         self._gatherers = gatherers(self.module)
         self.reset_()
 
@@ -100,23 +106,33 @@ class EMAAnchor:
         with torch.cuda.stream(stream):
             self._update()
 
-    def _check_policy(self) -> None:
-        """Its parameters are those that the anchor was made of."""
-        frozen = {n: p for n, (p, *_) in self._known.items() if n not in self._averages}
+    def _check(self) -> None:
+        """Policy and anchor are as they were when the anchor was made."""
+        frozen = {n: p for n, p in self._known.items() if n not in self._averages}
         if thawed := [name for name, p in frozen.items() if p.requires_grad]:
             raise ValueError(
                 f"parameters that are frozen when the anchor is made have no average; {thawed[:5]} "
                 "require a gradient now: make the anchor after they do"
             )
-        if replaced := [name for name, known in self._known.items() if _is_replaced(*known)]:
+        now = _parameters(self.policy)
+        same = len(now) == len(self._in_place) and all(map(operator.is_, now, self._in_place))
+        if not same and (odd := _replaced(self._known, self.policy)):
             raise ValueError(
-                f"the policy has other parameters than when the anchor was made ({replaced[:5]}), "
-                "as after fully_shard or load_state_dict(assign=True): make the anchor after that"
+                f"the policy has other parameters than when the anchor was made ({odd[:5]}), as "
+                "after fully_shard, load_state_dict(assign=True) or another layer: make the anchor "
+                "after that"
             )
+        for (name, average), dtype in zip(self._averages.items(), self._dtypes, strict=True):
+            if average.dtype != dtype:
+                raise ValueError(
+                    f"the anchor's {name} must stay {dtype}, which its storage is made of; it is "
+                    f"{average.dtype}: do not cast anchor.module, use autocast"
+                )
 
     @torch.no_grad()
     def _update(self) -> None:
-        self._check_policy()
+        self._check()
+        buffers = _buffers(self.module, self.policy)
         ema_update_(
             list(self._averages.values()),
             self._sources,
@@ -126,8 +142,7 @@ class EMAAnchor:
             seed=self.seed,
             step=self.step,
         )
-        self._copy_buffers()
-        self._forget_gathered()
+        self._copy(buffers)
         self.step += 1
 
     @contextlib.contextmanager
@@ -139,7 +154,7 @@ class EMAAnchor:
         """
         if any(is_sharded(source) for source in self._sources):
             raise ValueError("a sharded policy cannot be swapped; evaluate anchor.module instead")
-        self._check_policy()
+        self._check()
         own = [source.data for source in self._sources]
         try:
             for source, (name, average) in zip(self._sources, self._averages.items(), strict=True):
@@ -156,7 +171,8 @@ class EMAAnchor:
 
         bf16 storage rounds what is not bf16.
         """
-        self._check_policy()
+        self._check()
+        buffers = _buffers(self.module, self.policy)
         for (name, average), source in zip(self._averages.items(), self._sources, strict=True):
             value, target = local(source.detach()), local(average)
             if self.storage == "split":
@@ -165,15 +181,12 @@ class EMAAnchor:
                 local(self._residuals[name]).copy_(low)
             else:
                 target.copy_(value)
-        self._copy_buffers()
-        self._forget_gathered()
+        self._copy(buffers)
         self.step = 0
 
-    def _copy_buffers(self) -> None:
-        for ours, theirs in zip(self.module.buffers(), self.policy.buffers(), strict=True):
+    def _copy(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        for ours, theirs in buffers:
             ours.copy_(theirs)
-
-    def _forget_gathered(self) -> None:
         # FSDP2 keeps what a root gathered until its backward pass, and an anchor has none
         for part in self._gatherers:
             part.reshard()
@@ -185,7 +198,7 @@ class EMAAnchor:
         """
         return {
             "storage": self.storage,
-            "rate": self.rate,
+            "rate": float(self.rate),
             "seed": self.seed,
             "step": self.step,
             "averages": {name: average.detach() for name, average in self._averages.items()},
@@ -204,12 +217,21 @@ class EMAAnchor:
             raise ValueError(
                 f"storage must be {self.storage!r}; the state has {state['storage']!r}"
             )
+        _check_rate(state["rate"])
+        if not isinstance(state["step"], int) or state["step"] < 0:
+            raise ValueError(f"step must be an integer of at least 0; got {state['step']!r}")
+        self._check()
+        buffers = _buffers(self.module, self.policy)
         targets: dict[str, dict[str, Tensor]] = {
             "averages": dict(self._averages.items()),
             "residuals": self._residuals,
         }
         for part, ours in targets.items():
             theirs = state[part]
+            if not isinstance(theirs, Mapping) or not all(
+                isinstance(tensor, Tensor) for tensor in theirs.values()
+            ):
+                raise ValueError(f"{part} must be tensors by name; got {type(theirs).__name__}")
             if ours.keys() != theirs.keys():
                 odd = sorted(ours.keys() ^ theirs.keys())
                 raise ValueError(f"{part} must have the policy's names; differing: {odd[:5]}")
@@ -223,12 +245,15 @@ class EMAAnchor:
         for part, ours in targets.items():
             for name, tensor in ours.items():
                 tensor.copy_(state[part][name])
-        self._copy_buffers()
-        self._forget_gathered()
+        self._copy(buffers)
         self.rate, self.seed, self.step = state["rate"], state["seed"], state["step"]
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
-        """The anchor's weights at full precision (fp32 averages), under the names of the module."""
+        """The anchor's weights at full precision (fp32 averages), under the names of the module.
+
+        Averages of fp32 storage, frozen parameters and buffers by reference: clone what is to stay.
+        """
+        self._check()
         exact = {id(average): self._exact(name) for name, average in self._averages.items()}
         tensors = self.module.state_dict(keep_vars=True)
         # what get_extra_state gives need not be a tensor
@@ -254,6 +279,15 @@ def _copied(
     # deepcopy takes from the memo what stands for a parameter already: averages and shared ones
     stands_for: dict[int, Any] = {id(p): p for p in policy.parameters()}
     stands_for.update({id(p): averages[name] for name, p in trainable.items()})
+    # nothing can be copied to elements that share a place
+    stands_for.update({id(b): b.clone() for b in policy.buffers() if not is_apart(b)})
+    for name, part in policy.named_modules():
+        if isinstance(vars(part).get("forward"), types.FunctionType):
+            raise ValueError(
+                f"forward of {name or 'the policy'} was replaced by a function, which holds the "
+                "policy itself: a copy would call the policy. Make it a method of the module "
+                "(types.MethodType), or give module="
+            )
     return copy.deepcopy(policy, stands_for), averages
 
 
@@ -264,6 +298,7 @@ def _adopted(
     """The parameters of a given module that are to be averages; frozen ones get their values."""
     if module is policy:
         raise ValueError("module must be another module than the policy; got the policy itself")
+    _buffers(module, policy)
     theirs, ours = dict(policy.named_parameters()), dict(module.named_parameters())
     if theirs.keys() != ours.keys():
         odd = sorted(theirs.keys() ^ ours.keys())
@@ -276,23 +311,52 @@ def _adopted(
                 f"got {tuple(parameter.shape)} {parameter.dtype}"
             )
         check_layout(f"{name} of module", parameter, theirs[name])
+    in_training = {id(theirs[name]) for name in dtypes}
+    if shared := [name for name, parameter in ours.items() if id(parameter) in in_training]:
+        raise ValueError(
+            f"module must have parameters of its own; it shares {shared[:5]} with the policy"
+        )
+    for name, parameter in ours.items():
         parameter.requires_grad_(False)
         if name not in dtypes:
             parameter.copy_(theirs[name])
     return {name: ours[name] for name in dtypes}
 
 
-def _home_of(name: str, policy: nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds a parameter, and what it calls it."""
-    path, _, key = name.rpartition(".")
-    return policy.get_submodule(path), key
+def _parameters(policy: nn.Module) -> list[nn.Parameter | None]:
+    """What all its modules have, in their order; faster than by name, which every update would."""
+    return [p for part in policy.modules() for p in part._parameters.values()]
 
 
-def _is_replaced(known: Tensor, owner: nn.Module, key: str) -> bool:
-    there = owner._parameters.get(key)
+def _replaced(known: dict[str, nn.Parameter], policy: nn.Module) -> list[str]:
+    """Names of parameters that are gone, and of new ones; not of one that has another name now."""
+    now = dict(policy.named_parameters())
     # between forward and backward FSDP2 has what it gathered in the place of a shard
-    gathered = there is not None and is_sharded(known) and not is_sharded(there)
-    return there is not known and not gathered
+    gathered = {n for n, p in known.items() if n in now and is_sharded(p) > is_sharded(now[n])}
+    before, after = ({id(p) for p in each.values()} for each in (known, now))
+    gone = [n for n, p in known.items() if id(p) not in after]
+    new = [n for n, p in now.items() if id(p) not in before]
+    return [name for name in dict.fromkeys(gone + new) if name not in gathered]
+
+
+def _buffers(module: nn.Module, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The buffers of the anchor beside those of the policy, which must be of their shapes."""
+    ours, theirs = list(module.buffers()), list(policy.buffers())
+    if [x.shape for x in ours] != [x.shape for x in theirs]:
+        first, second = (
+            {n: tuple(b.shape) for n, b in m.named_buffers()} for m in (module, policy)
+        )
+        odd = sorted(name for name, _ in first.items() ^ second.items())
+        raise ValueError(
+            f"the anchor must have the buffers of the policy; differing: {odd[:5]}. Make the "
+            "anchor after the policy has them"
+        )
+    return list(zip(ours, theirs, strict=True))
+
+
+def _check_rate(rate: float) -> None:
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"rate must be in [0, 1]; got {rate}")
 
 
 def _average_dtype(name: str, parameter: Tensor, storage: Storage) -> torch.dtype:
