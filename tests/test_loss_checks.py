@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import warp_fast
 from warp_fast._backend import BACKENDS as KNOWN
@@ -55,20 +55,28 @@ NO_ANCHOR: dict[str, Any] = {"anchor_logits": None}
 ONLY_LOGPROBS = {**NO_ANCHOR, "anchor_logprobs": -ONES}
 
 
-def bounds(*values: float, device: str = "cpu") -> dict[str, Any]:
+def bounds(*values: complex, device: str = "cpu") -> dict[str, Any]:
     return {**PACKED, "cu_seqlens": torch.tensor(values, device=device)}
 
 
 # (form, changed arguments, exception, message)
 REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("logits", {"temperature": 0.0}, ValueError, "temperature must be positive and finite; got 0"),
+    ("logits", {"temperature": 0.0}, ValueError, "temperature must be from 1e-12 to .* got 0"),
     ("logits", {"temperature": math.nan}, ValueError, "temperature must be .* got nan"),
-    ("linear", {"softcap": -1.0}, ValueError, "softcap must be positive and finite, or None"),
+    ("linear", {"softcap": -1.0}, ValueError, "softcap must be from 1e-12 to .*, or None; got -1"),
+    ("logits", {"softcap": 1e300}, ValueError, "softcap must be from .* got 1e"),
+    ("linear", {"temperature": 1e-30}, ValueError, "temperature must be from .* got 1e-30"),
     ("logits", {"logits": IDS}, TypeError, "logits must be float32, bfloat16, .* got torch.int64"),
     ("logits", {"anchor_logits": IDS}, TypeError, "anchor_logits must be float32"),
     ("logits", {"logits": torch.tensor(1.0)}, ValueError, r"must be \[..., V\] with V >= 1; got"),
     ("logits", {"logits": torch.zeros(B, T, 0)}, ValueError, "with V >= 1; got .2, 3, 0."),
     ("linear", {"weight": torch.zeros(0, D)}, ValueError, r"\[V, D\], V >= 1"),
+    (
+        "linear",
+        {"hidden": torch.zeros(B, T, 0), "weight": torch.zeros(V, 0)},
+        ValueError,
+        r"D >= 1; got \(2, 3, 0\)",
+    ),
     ("linear", {"hidden": IDS}, TypeError, "hidden must be float32"),
     ("linear", {"weight": IDS}, TypeError, "weight must be float32"),
     ("linear", {"anchor_weight": IDS}, TypeError, "anchor_weight must be float32"),
@@ -91,6 +99,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("logits", {"cu_seqlens": IDS[0]}, ValueError, r"with cu_seqlens logits must be packed \[N"),
     ("logits", {"mask": ONES[:1]}, ValueError, r"mask must be \(2, 3\) on cpu; got \(1, 3\)"),
     ("logits", bounds(0.0, 2.0, 6.0), ValueError, r"cu_seqlens must be \[B \+ 1\] integers"),
+    ("logits", bounds(0j, 2, 6), ValueError, r"cu_seqlens must be .* integers; .* torch.complex64"),
     ("logits", bounds(1, 2, 6), ValueError, r"must rise from 0 to N = 6; got \[1, 2, 6\]"),
     ("logits", bounds(0, 2, 5), ValueError, "cu_seqlens must rise from 0 to N = 6"),
     ("logits", bounds(0, 7, 6), ValueError, "cu_seqlens must rise from 0 to N = 6"),
@@ -129,11 +138,12 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ("logits", {"old_logprobs": -ONES, "clip_range": clip}, ValueError, "clip_range must be")
         for clip in (-0.1, 1.5, math.nan, (0.1, math.inf), (0.1, 0.1, 0.1))
     ],
-    ("logits", {"normalizer": torch.ones(1)}, ValueError, r"normalizer must be 0-dim; got \(1,\)"),
+    ("logits", {"normalizer": torch.ones(1)}, ValueError, r"must be 0-dim and real; got \(1,"),
     ("logits", {"normalizer": torch.tensor(0.0)}, ValueError, "positive and finite; got 0.0"),
     ("logits", {"normalizer": torch.tensor(-2)}, ValueError, "positive and finite; got -2"),
     ("logits", {"normalizer": torch.tensor(float("nan"))}, ValueError, "positive and finite"),
     ("linear", {"mask": ONES * -torch.inf}, ValueError, "mask must be bool, or 1"),
+    ("logits", {"mask": ONES * 1j}, TypeError, "mask must be bool, .* got torch.complex64"),
     ("logits", {"mask": ONES * 0.5}, ValueError, "mask must be bool, or 1 where .* got 0.5"),
     ("logits", {"mask": ONES * float("nan")}, ValueError, "else 0; got nan"),
     ("logits", {"normalizer": "mean"}, ValueError, "normalizer must be 'sequence', 'token' or"),
@@ -148,6 +158,45 @@ def test_refused(form: str, changed: dict[str, Any], error: type[Exception], mes
     loss_of(given)
     with pytest.raises(error, match=message):
         loss_of(given, **changed)
+
+
+TENSORS = ["mask", "cu_seqlens", "old_logprobs", "anchor_logprobs"]
+TENSORS_OF = [
+    (form, x) for form in ("logits", "linear") for x in [*arguments(form, 1, 1), *TENSORS]
+]
+
+
+@pytest.mark.parametrize(("form", "name"), TENSORS_OF)
+def test_what_is_no_tensor_is_refused_by_name(form: str, name: str) -> None:
+    given = arguments(form, B, T)
+    if name == "cu_seqlens":
+        rows = [k for k in given if not k.endswith("weight") and k != "advantages"]
+        given.update({k: given[k].flatten(0, 1) for k in rows})
+    if name == "anchor_logprobs":
+        given = {k: v for k, v in given.items() if not k.startswith("anchor")}
+    array = torch.zeros(given["token_ids"].shape).numpy()
+    for odd in ([1.0, 2.0], 0.5, nn.Linear(D, V), array):
+        expected = rf"^{name} must be a tensor; got {type(odd).__name__}$"
+        with pytest.raises(TypeError, match=expected):
+            loss_of(given, **{name: odd})
+    if name in ("logits", "hidden", "weight", "token_ids", "advantages"):
+        with pytest.raises(TypeError, match=f"^{name} must be a tensor; got NoneType$"):
+            loss_of(given, **{name: None})
+
+
+ODD_NUMBERS = ["1", [0.5], torch.ones(2).numpy(), torch.ones(2), torch.tensor(1j)]
+
+
+@both
+@pytest.mark.parametrize("name", ["temperature", "softcap", "beta", "normalizer", "clip_range"])
+def test_what_is_no_number_is_refused_by_name(name: str, form: str) -> None:
+    given = {**arguments(form, B, T), "old_logprobs": -ONES}
+    for odd in [*ODD_NUMBERS, *([] if name in ("softcap", "clip_range") else [None])]:
+        with pytest.raises((TypeError, ValueError), match=rf"{name} must be"):
+            loss_of(given, **{name: odd})
+    if name == "clip_range":
+        with pytest.raises(TypeError, match=r"each bound of clip_range must be .* got NoneType"):
+            loss_of(given, clip_range=(None, 0.2))
 
 
 @both
@@ -165,7 +214,7 @@ def test_logprobs_refuse_the_same(form: str) -> None:
         function(*logits, ids[0])
     with pytest.raises(TypeError, match="must be float32"):
         function(*[x.long() for x in logits], ids)
-    with pytest.raises(ValueError, match="temperature must be positive"):
+    with pytest.raises(ValueError, match="temperature must be from"):
         function(*logits, ids, temperature=-1.0)
 
 

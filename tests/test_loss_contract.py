@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 
 import warp_fast
-from tests.test_loss_checks import V, arguments, both, gradients, loss_of, served
+from tests.test_loss_checks import KINDS, V, arguments, both, gradients, loss_of, served
 from warp_fast import _loss_checks, linear_token_logprobs
 from warp_fast._objective import Rows
 from warp_fast._precision import as_given
@@ -216,3 +217,31 @@ def test_precision_is_that_of_the_process_while_any_thread_is_inside() -> None:
         assert matmul.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@both
+@pytest.mark.parametrize("name", ["temperature", "softcap", "beta"])
+def test_numbers_may_be_of_numpy_or_a_tensor_without_a_gradient(name: str, form: str) -> None:
+    given = arguments(form, 2, 3)
+    expected = loss_of(given, **{name: 0.5})
+    for same in (torch.tensor(0.5).numpy()[()], Fraction(1, 2), torch.tensor(0.5)):
+        torch.testing.assert_close(loss_of(given, **{name: same}).loss, expected.loss)
+    with pytest.raises(
+        TypeError, match=rf"{name} must .* requires no gradient.* requires_grad=True$"
+    ):
+        loss_of(given, **{name: torch.tensor(0.5, requires_grad=True)})
+
+
+@served
+@both
+@pytest.mark.parametrize("kl", [kl for kl in KINDS if kl != "k3"])  # exp(1e12) is inf
+def test_ends_of_the_range_of_temperature_and_softcap_give_numbers(
+    kl: str, form: str, backend: str
+) -> None:
+    ends = [(1e-12, None), (1e12, None), (1, 1e-12), (1, 1e12), (1e-12, 1e12), (1e12, 1e-12)]
+    for temperature, softcap in ends:
+        given = arguments(form, 2, 3)
+        head = {"temperature": temperature, "softcap": softcap}
+        result = loss_of(given, kl=kl, backend=backend, **head)
+        assert result.loss.isfinite()
+        assert all(slope.isfinite().all() for slope in gradients(given, result.loss))

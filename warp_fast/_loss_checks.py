@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 EXACT = ("reverse", "forward")
 _KINDS = ("reward", "reward_to_go", "k2", "k3", *EXACT, "none")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# of temperature and softcap: some gradients have squares of scores, and (1e4 / 1e-12)^2 fits fp32
+_LEAST, _MOST = 1e-12, 1e12
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,49 @@ class Terms:
         )
 
 
-def head(temperature: float, softcap: float | None) -> None:
-    """Temperature and softcap are positive and finite."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite; got {temperature}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
+def number(name: str, given: Any) -> Any:
+    """A number, as one of Python; or what a 0-dim tensor holds, which waits for a GPU."""
+    if isinstance(given, (float, int, torch.SymFloat)):
+        return given
+    if isinstance(given, Tensor):
+        if given.dim() != 0 or given.dtype.is_complex or given.requires_grad:
+            raise TypeError(
+                f"{name} must be a number, or a real 0-dim tensor that requires no gradient, for "
+                f"it gets none; got {tuple(given.shape)} {given.dtype}, "
+                f"requires_grad={given.requires_grad}"
+            )
+        return given.item()
+    if isinstance(given, Real):
+        return float(given)
+    raise TypeError(f"{name} must be a number; got {type(given).__name__}")
 
 
-def floating(**tensors: Tensor | None) -> None:
-    """Every tensor is whole, and has a float dtype that the backends know."""
+def head(temperature: float, softcap: float | None) -> tuple[float, float | None]:
+    """Temperature and softcap are numbers that fp32 can work with."""
+    temperature = number("temperature", temperature)
+    if not _LEAST <= temperature <= _MOST:
+        raise ValueError(f"temperature must be from {_LEAST:g} to {_MOST:g}; got {temperature}")
+    if softcap is None:
+        return temperature, None
+    softcap = number("softcap", softcap)
+    if not _LEAST <= softcap <= _MOST:
+        raise ValueError(f"softcap must be from {_LEAST:g} to {_MOST:g}, or None; got {softcap}")
+    return temperature, softcap
+
+
+def _tensor(name: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(given).__name__}")
+
+
+def _is_integral(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def floating(**tensors: Tensor) -> None:
+    """Every tensor is one, whole, and has a float dtype that the backends know."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
+        _tensor(name, tensor)
         if is_sharded(tensor):
             raise ValueError(
                 f"{name} must be a plain tensor; got a DTensor: under FSDP2 call the loss in a "
@@ -85,7 +118,8 @@ def rows(logits: Tensor, name: str) -> None:
 
 def token_ids(ids: Tensor, shape: torch.Size, device: torch.device, name: str) -> None:
     """Ids are integers, one per row of `name`, on its device."""
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+    _tensor("token_ids", ids)
+    if not _is_integral(ids.dtype):
         raise TypeError(f"token_ids must be integers; got {ids.dtype}")
     if ids.shape != shape:
         raise ValueError(
@@ -100,9 +134,9 @@ def linear(states: Tensor, matrix: Tensor, states_name: str, matrix_name: str) -
     """states [..., D] and matrix [V, D] fit."""
     floating(**{states_name: states, matrix_name: matrix})
     fits = matrix.dim() == 2 and states.dim() >= 1 and states.shape[-1] == matrix.shape[1]
-    if not fits or matrix.shape[0] == 0:
+    if not fits or 0 in matrix.shape:
         raise ValueError(
-            f"{states_name} must be [..., D] and {matrix_name} [V, D], V >= 1; "
+            f"{states_name} must be [..., D] and {matrix_name} [V, D], V >= 1 and D >= 1; "
             f"got {tuple(states.shape)} and {tuple(matrix.shape)}"
         )
     if states.device != matrix.device:
@@ -126,6 +160,7 @@ def same_shape(
     """tensor has the shape of `like`, with or without its last dimension."""
     if tensor is None:
         return
+    _tensor(name, tensor)
     ours, theirs = (tensor.shape, like.shape) if last else (tensor.shape[:-1], like.shape[:-1])
     if ours != theirs or tensor.device != like.device:
         raise ValueError(
@@ -152,34 +187,52 @@ def layout(
             f"{name} must be padded [B, T, ...], or packed [N, ...] with cu_seqlens; got "
             f"{len(shape) + 1} dimensions without cu_seqlens"
         )
-    if mask is not None and (mask.shape != shape or mask.device not in places):
-        raise ValueError(
-            f"mask must be {tuple(shape)} {where}; got {tuple(mask.shape)} on {mask.device}"
-        )
-    if mask is not None and mask.dtype != torch.bool and can_look(mask):
-        odd = mask[(mask != 0) & (mask != 1)]
-        if len(odd):
-            raise ValueError(f"mask must be bool, or 1 where a token counts, else 0; got {odd[0]}")
+    if mask is not None:
+        _check_mask(mask, shape, places, where)
     if cu_seqlens is None:
         return
     if len(shape) != 1:
         raise ValueError(f"with cu_seqlens {name} must be packed [N, ...]; got [B, T, ...]")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype.is_floating_point:
-        raise ValueError(
-            f"cu_seqlens must be [B + 1] integers; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        )
-    if cu_seqlens.device not in places:
-        raise ValueError(f"cu_seqlens must be {where}; got {cu_seqlens.device}")
+    _check_bounds(cu_seqlens, shape[0], places, where)
     if mask is not None and mask.device != cu_seqlens.device:
         raise ValueError(
             f"mask and cu_seqlens must be on one device, {where}; got {mask.device} and "
             f"{cu_seqlens.device}"
         )
+
+
+def _check_mask(
+    mask: Tensor, shape: torch.Size, places: tuple[torch.device, ...], where: str
+) -> None:
+    _tensor("mask", mask)
+    if mask.shape != shape or mask.device not in places:
+        raise ValueError(
+            f"mask must be {tuple(shape)} {where}; got {tuple(mask.shape)} on {mask.device}"
+        )
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask must be bool, or 1 where a token counts, else 0; got {mask.dtype}")
+    if mask.dtype != torch.bool and can_look(mask):
+        odd = mask[(mask != 0) & (mask != 1)]
+        if len(odd):
+            raise ValueError(f"mask must be bool, or 1 where a token counts, else 0; got {odd[0]}")
+
+
+def _check_bounds(
+    cu_seqlens: Tensor, count: int, places: tuple[torch.device, ...], where: str
+) -> None:
+    """cu_seqlens rises from 0 to the count of tokens."""
+    _tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or not _is_integral(cu_seqlens.dtype):
+        raise ValueError(
+            f"cu_seqlens must be [B + 1] integers; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    if cu_seqlens.device not in places:
+        raise ValueError(f"cu_seqlens must be {where}; got {cu_seqlens.device}")
     if can_look(cu_seqlens):
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != shape[0] or bounds != sorted(bounds):
+        if bounds[0] != 0 or bounds[-1] != count or bounds != sorted(bounds):
             raise ValueError(
-                f"cu_seqlens must rise from 0 to N = {shape[0]}; got {bounds[:4]} ... {bounds[-1]}"
+                f"cu_seqlens must rise from 0 to N = {count}; got {bounds[:4]} ... {bounds[-1]}"
             )
 
 
@@ -201,6 +254,7 @@ def terms(
     clip_range: float | tuple[float, float] | None,
 ) -> Terms:
     """Check what the objective is made of, and lay it out per token."""
+    beta = number("beta", beta)
     _check_kl(kl, beta, has_anchor, anchor_logprobs)
     if clip_range is not None and old_logprobs is None:
         raise ValueError("clip_range must come with old_logprobs, whose ratio it clips; got none")
@@ -241,12 +295,12 @@ def _per_token(rows: Rows, values: Tensor | None, name: str, finite: bool = Fals
     """[N], 0 where masked; numbers, or -inf if they need not be finite."""
     if values is None:
         return None
+    floating(**{name: values})
     if values.shape != rows.shape or values.device != rows.mask.device:
         raise ValueError(
             f"{name} must be {tuple(rows.shape)} on {rows.mask.device} like token_ids; "
             f"got {tuple(values.shape)} on {values.device}"
         )
-    floating(**{name: values})
     flat = torch.where(rows.mask, values.detach().reshape(-1), 0)
     if can_look(flat):
         wrong = ~flat.isfinite() if finite else ~(flat < math.inf)
@@ -283,7 +337,8 @@ def _per_token_advantages(rows: Rows, advantages: Tensor) -> Tensor:
 def _clip_bounds(clip_range: float | tuple[float, float] | None) -> tuple[float, float] | None:
     if clip_range is None:
         return None
-    pair = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+    given = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+    pair = [number("each bound of clip_range", bound) for bound in given]
     if len(pair) != 2 or not (0 <= pair[0] <= 1 and 0 <= pair[1] < math.inf):
         raise ValueError(
             f"clip_range must be one number or (low, high) with 0 <= low <= 1 and high >= 0; "
@@ -295,8 +350,11 @@ def _clip_bounds(clip_range: float | tuple[float, float] | None) -> tuple[float,
 def normalizer(given: str | float | Tensor) -> None:
     """Z is a known name, a positive number, or a 0-dim tensor."""
     if isinstance(given, Tensor):
-        if given.dim() != 0:
-            raise ValueError(f"a tensor normalizer must be 0-dim; got {tuple(given.shape)}")
+        if given.dim() != 0 or given.dtype.is_complex:
+            raise ValueError(
+                f"a tensor normalizer must be 0-dim and real; got {tuple(given.shape)} "
+                f"{given.dtype}"
+            )
         if can_look(given) and not 0 < given < math.inf:
             raise ValueError(f"normalizer must be positive and finite; got {given}")
     elif isinstance(given, str):
@@ -304,5 +362,5 @@ def normalizer(given: str | float | Tensor) -> None:
             raise ValueError(
                 f"normalizer must be 'sequence', 'token' or a positive number; got {given!r}"
             )
-    elif not 0 < given < math.inf:
+    elif not 0 < number("normalizer", given) < math.inf:
         raise ValueError(f"normalizer must be positive and finite; got {given}")

@@ -60,8 +60,8 @@ def token_logprobs(
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64.
         token_ids: [...] integers in [0, V); row t of logits predicts token_ids t.
-        temperature: positive.
-        softcap: final-logit softcap (30 for Gemma 2), or None.
+        temperature: from 1e-12 to 1e12.
+        softcap: final-logit softcap (30 for Gemma 2), from 1e-12 to 1e12, or None.
         return_entropy: also return the entropy of each row.
         backend: "auto" or the name of a backend.
 
@@ -76,7 +76,7 @@ def token_logprobs(
         copies into zeros of the whole: slice hidden states instead, or mask the last token.
     Numerics: fp32 throughout, max subtracted. Gradients flow to logits.
     """
-    checks.head(temperature, softcap)
+    temperature, softcap = checks.head(temperature, softcap)
     checks.rows(logits, "logits")
     checks.token_ids(token_ids, logits.shape[:-1], logits.device, "logits")
     op = _stats_ops.TOKEN_STATS[resolve("loss", backend, logits.device)]
@@ -112,7 +112,7 @@ def linear_token_logprobs(
     Numerics: products in fp32, so that log-ratios of near-equal policies are right. Gradients flow
         to hidden and weight, each only if it requires one.
     """
-    checks.head(temperature, softcap)
+    temperature, softcap = checks.head(temperature, softcap)
     checks.linear(hidden, weight, "hidden", "weight")
     checks.token_ids(token_ids, hidden.shape[:-1], hidden.device, "hidden")
     op = _stats_ops.LINEAR_TOKEN_STATS[resolve("linear_loss", backend, hidden.device)]
@@ -203,9 +203,10 @@ def warp_loss(
     Numerics: fp32; log-probs never positive. Gradients flow to logits alone, unless in place also
         through the returned per-token values; an all-masked batch gives 0 and zero gradients.
     """
-    checks.head(temperature, softcap)
+    temperature, softcap = checks.head(temperature, softcap)
     checks.rows(logits, "logits")
-    checks.floating(anchor_logits=anchor_logits)
+    if anchor_logits is not None:
+        checks.floating(anchor_logits=anchor_logits)
     rows = Rows.of(token_ids, mask, cu_seqlens, logits.shape[:-1], logits.device, "logits")
     checks.same_shape(anchor_logits, "anchor_logits", logits, "logits")
     terms = checks.terms(
@@ -289,7 +290,7 @@ def linear_warp_loss(
         caller's, without a rounding.
         Gradients flow to hidden and weight, each only if it requires one.
     """
-    checks.head(temperature, softcap)
+    temperature, softcap = checks.head(temperature, softcap)
     checks.linear(hidden, weight, "hidden", "weight")
     rows = Rows.of(token_ids, mask, cu_seqlens, hidden.shape[:-1], hidden.device, "hidden")
     checks.same_shape(anchor_hidden, "anchor_hidden", hidden, "hidden", last=False)
@@ -323,7 +324,7 @@ def linear_warp_loss(
         terms.anchor_logprobs,
         terms.old_logprobs,
         terms.clip_range,
-        beta,
+        terms.beta,
         kl,
         return_entropy,
         *[make and part.requires_grad for part in (hidden, weight)],
