@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import warp_fast
 from tests.test_loss_checks import KINDS, V, arguments, both, gradients, loss_of, served
@@ -245,3 +247,23 @@ def test_ends_of_the_range_of_temperature_and_softcap_give_numbers(
         result = loss_of(given, kl=kl, backend=backend, **head)
         assert result.loss.isfinite()
         assert all(slope.isfinite().all() for slope in gradients(given, result.loss))
+
+
+@served
+@both
+@pytest.mark.parametrize("name", ["advantages", "mask", "old_logprobs"])
+def test_vmap_over_what_is_looked_at(name: str, form: str, backend: str) -> None:
+    given = arguments(form, 2, 3)
+    several = torch.randn(4, 2) if name == "advantages" else -torch.rand(4, 2, 3).round()
+    several = several.abs() if name == "mask" else several
+
+    def loss(values: Tensor) -> Tensor:
+        found: Tensor = loss_of(given, **{name: values}, backend=backend).loss
+        return found
+
+    expected = torch.stack([loss(values) for values in several])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch has no batching rule for the ops
+        found = torch.func.vmap(loss)(several)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(given, found.sum()), gradients(given, expected.sum()))

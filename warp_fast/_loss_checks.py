@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
@@ -237,8 +238,9 @@ def _check_bounds(
 
 
 def can_look(tensor: Tensor) -> bool:
-    """Whether values can be read here without tracing or waiting for a GPU."""
-    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+    """Whether values can be read here: not in a trace, nor one for all of torch.func.vmap, nor
+    where it waits for a GPU."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or is_batchedtensor(tensor):
         return False
     return tensor.device.type == "cpu"
 
