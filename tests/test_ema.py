@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from warp_fast import ema_update_
+from warp_fast import EMAAnchor, ema_update_
 from warp_fast._backend import MISSING, SERVED
 from warp_fast.reference.ema import split_float32
 
@@ -212,6 +212,14 @@ META = torch.zeros(3, device="meta")
 ERRORS: list[tuple[tuple[Any, Any, Any], dict[str, Any], type[Exception], str]] = [
     ((Z, Z, 1.5), {}, ValueError, r"rate must be in \[0, 1\]; got 1.5"),
     ((Z, Z, float("nan")), {}, ValueError, "got nan"),
+    ((Z, Z, "0.1"), {}, TypeError, "rate must be a number or a tensor; got str"),
+    ((Z, Z, None), {}, TypeError, "rate must be a number or a tensor; got NoneType"),
+    (({"a": Z}, [Z], 0.1), {}, TypeError, "ema must be a tensor or a list of tensors; got dict"),
+    ((Z, Z.numpy(), 0.1), {}, TypeError, "params must be a tensor .* got ndarray of float32"),
+    ((ZB, Z, 0.1), {"residual": 1}, TypeError, "residual must be a tensor .* got int"),
+    ((Z, Z, 0.1), {"seed": 2**63}, ValueError, r"seed must be in \[0, 2\*\*63\); got 922"),
+    ((Z, Z, 0.1), {"step": -1}, ValueError, r"step must be in \[0, 2\*\*63\); got -1"),
+    ((Z, Z, 0.1), {"seed": 1.5}, TypeError, "seed must be an integer; got float"),
     ((Z, Z, torch.zeros(1)), {}, ValueError, r"0-dim tensor on cpu; got shape \(1,\)"),
     ((Z, Z, torch.tensor(1)), {}, ValueError, "a tensor rate must be a floating"),
     ((ZB, Z, 0.1), {"residual": ZI, "stochastic": True}, ValueError, "are two storages"),
@@ -235,3 +243,9 @@ def test_refuses(
 ) -> None:
     with pytest.raises(error, match=message):
         ema_update_(*arguments, **options)
+
+
+def test_the_seed_of_an_anchor_is_refused_by_its_name() -> None:
+    anchor = EMAAnchor(torch.nn.Linear(2, 2), storage="bf16", seed=2**63)
+    with pytest.raises(ValueError, match=r"seed must be in .* torch.initial_seed\(\) % 2"):
+        anchor.update()

@@ -140,6 +140,9 @@ def test_pairs_and_mappings_are_equal_sources() -> None:
         ({}, ValueError, "at least one tensor; got none"),
         (nn.ReLU(), ValueError, "at least one tensor; got none"),
         ({"a": 1.0}, TypeError, "a must be a tensor; got float"),
+        (nn.Linear(2, 2).parameters(), TypeError, "pairs of a name, .* got a Parameter"),
+        ([torch.ones(2, 2)], TypeError, "pairs of a name, a string, and a tensor; got a Tensor"),
+        ({1: torch.ones(2)}, TypeError, "pairs of a name, a string, .* got a tuple"),
         ([("a", torch.zeros(1)), ("a", torch.ones(1))], ValueError, "unique; one is given twice"),
         (
             {"a": torch.zeros(1), "b": torch.zeros(1, device="meta")},

@@ -167,6 +167,11 @@ def test_nan_in_init_is_seen_in_every_policy() -> None:
         slerp(torch.full((4,), torch.nan), [A, B])
 
 
+def test_products_that_overflow_are_refused_as_such() -> None:
+    with pytest.raises(ValueError, match=r"policies \[0\] .* hold NaN, inf or numbers too large"):
+        slerp(ZERO.double(), [1e200 * A.double(), B.double()])
+
+
 @pytest.mark.parametrize(
     ("products", "error", "message"),
     [

@@ -186,14 +186,28 @@ def test_flat_parameters_bring_their_segments(backend: str) -> None:
         assert_equal([found[segment.start : segment.stop]], [expected[segment.name].flatten()])
 
 
-@pytest.mark.parametrize("segments", [[["y", "x"], ["z"]], {"first": ["x", "y"], "last": ["z"]}])
+@pytest.mark.parametrize(
+    "segments",
+    [[["y", "x"], ["z"]], {"first": ["x", "y"], "last": ["z"]}, [{"y", "x"}, {"z"}]],
+)
 def test_groups_of_names_are_segments(segments: Any) -> None:
     init, policies = named()
     products = gram(init, policies)
     grouped, report = slerp(init, policies, segments=segments, return_report=True)
     torch.testing.assert_close(report.gram, torch.stack([products[0] + products[1], products[2]]))
-    names = ["first", "last"] if isinstance(segments, dict) else ["y", "z"]
+    names = ["y", "z"]
+    if not isinstance(segments, list):
+        names = ["first", "last"]
+    elif isinstance(segments[0], set):
+        names = ["x", "z"]
     assert report.segments == names and list(grouped) == ["x", "y", "z"]
+
+
+def test_ranges_may_be_rows_of_a_tensor_or_an_array_or_come_one_by_one() -> None:
+    rows = torch.tensor([[0, 2], [2, 6]])
+    expected = gram(V, [W, 2 * W], segments=[(0, 2), (2, 6)])
+    for same in (rows, rows.numpy(), iter(rows.tolist())):
+        assert torch.equal(gram(V, [W, 2 * W], segments=same), expected)
 
 
 # --- refused -------------------------------------------------------------------------------------
@@ -219,6 +233,16 @@ REFUSED: list[tuple[Any, Any, Any, type[Exception], str]] = [
     (V, W, None, ValueError, "policies must be a sequence of at least one policy"),
     (D, D, None, ValueError, "policies must be a sequence"),
     (V, [], None, ValueError, "policies must be a sequence of at least one"),
+    (V, iter([W]), None, ValueError, "policies must be a sequence .* got list_iterator"),
+    (V, None, None, ValueError, "policies must be a sequence .* got NoneType"),
+    (V, [W], [(0, 0.5)], TypeError, r"must be \(start, stop\) pairs of integers, .* \(0, 0.5\)"),
+    (D, [D], ["a", "b"], TypeError, "each group of segments must be a list of names; got 'a'"),
+    (D, [D], [["a", "b"], 1], TypeError, "each group of segments must be a list of names; got 1"),
+    (nn.ParameterDict(D), [D], None, TypeError, "init must be a tensor, or .* got ParameterDict"),
+    (D, [D, nn.ParameterDict(D)], None, TypeError, "policy 1 must be .* got ParameterDict of str"),
+    (V.numpy(), [W], None, TypeError, "init must be a tensor, .* got ndarray of float32"),
+    ([V], [[W.numpy()]], None, TypeError, "policy 0 must be a tensor, .* got list of ndarray"),
+    (D, [{"a": V, "b": 1}], None, TypeError, "policy 0 must be .* dict of tensors; got dict of"),
     ([], [[]], None, ValueError, "init must hold at least one tensor; got none"),
     ({}, [{}], None, ValueError, "init must hold at least one tensor; got none"),
     (V, [W, W[:3]], None, ValueError, r"policy 1 must have shape \(6,\); got \(3,\)"),

@@ -134,8 +134,8 @@ def _slerp_coefficients(gram: Tensor, names: Sequence[str]) -> Tensor:
     for s in (~host.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
         where = (~host[s].diagonal().isfinite()).nonzero().flatten().tolist()
         raise ValueError(
-            f"task vectors must be finite; in {names[s]} those of policies {where} (or init) hold "
-            "NaN or inf"
+            f"task vectors must be finite, and their squares fit fp64; in {names[s]} those of "
+            f"policies {where} (or init) hold NaN, inf or numbers too large for that"
         )
     coefficients, degenerate = reference_slerp.slerp_coefficients_reference(host)
     found = degenerate.any(1).nonzero().flatten().tolist()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from torch import Tensor
@@ -38,8 +39,23 @@ class Layout:
         return [weights] if isinstance(weights, Tensor) else list(weights)
 
 
+def _check_tensors(role: str, weights: Any) -> None:
+    """Weights are a tensor, or a list or dict of tensors; role: what the message calls them."""
+    if isinstance(weights, Tensor):
+        return
+    came = type(weights).__name__
+    if isinstance(weights, Sized) and isinstance(weights, Iterable):
+        entries = weights.values() if isinstance(weights, Mapping) else weights
+        odd = [kind for kind in set(map(type, entries)) if not issubclass(kind, Tensor)]
+        if not odd:
+            return
+        came += f" of {odd[0].__name__}"
+    raise TypeError(f"{role} must be a tensor, or a list or dict of tensors; got {came}")
+
+
 def layout_of(init: Weights, segments: Any) -> Layout:
     """Read the form of `init` and the meaning of `segments`; raises on what does not fit it."""
+    _check_tensors("init", init)
     if isinstance(init, Tensor):
         if segments is None:
             return Layout([0], ["the tensor"])
@@ -59,9 +75,9 @@ def _flat_layout(init: Tensor, segments: Sequence[Segment | tuple[int, int]]) ->
         raise ValueError("a sharded tensor has no segments; give a dict of DTensors instead")
     if init.dim() != 1:
         raise ValueError(f"a tensor with segments must be flat; got shape {tuple(init.shape)}")
-    ranges, names, end = [], [], 0
-    for entry in segments:
-        start, stop = entry[0], entry[1]
+    entries, ranges, names, end = list(segments), [], [], 0
+    for entry in entries:
+        start, stop = _range_of(entry)
         if isinstance(entry, Segment) and entry.dtype != init.dtype:
             continue  # of another buffer of FlatParameters
         if not end <= start <= stop <= init.numel():
@@ -72,14 +88,30 @@ def _flat_layout(init: Tensor, segments: Sequence[Segment | tuple[int, int]]) ->
         ranges.append((start, stop))
         names.append(entry.name if isinstance(entry, Segment) else f"[{start}:{stop}]")
         end = stop
-    if segments and not ranges:
+    if entries and not ranges:
         raise ValueError(f"segments must be {init.dtype} like the flat tensor; none of them is")
     return Layout(list(range(len(ranges))), names, ranges=ranges)
 
 
+def _range_of(entry: Any) -> tuple[int, int]:
+    try:
+        return index(entry[0]), index(entry[1])
+    except (TypeError, IndexError) as error:
+        raise TypeError(
+            "segments of a flat tensor must be (start, stop) pairs of integers, or Segments; got "
+            f"{entry!r}"
+        ) from error
+
+
+def _names_of(group: Any) -> list[str]:
+    if isinstance(group, str | Tensor) or not isinstance(group, Iterable):
+        raise TypeError(f"each group of segments must be a list of names; got {group!r}")
+    return sorted(group) if isinstance(group, Set) else list(group)
+
+
 def _grouped_layout(keys: list[str], segments: Any) -> Layout:
     named = isinstance(segments, Mapping)
-    groups = list(segments.values()) if named else list(segments)
+    groups = [_names_of(group) for group in (segments.values() if named else segments)]
     number = {key: s for s, group in enumerate(groups) for key in group}
     listed = [key for group in groups for key in group]
     if sorted(listed) != sorted(keys):
@@ -98,8 +130,11 @@ def matched(
 
     role: what the messages call a policy.
     """
-    if isinstance(policies, Tensor | Mapping) or len(policies) == 0:
-        raise ValueError("policies must be a sequence of at least one policy")
+    if isinstance(policies, Tensor | Mapping) or not isinstance(policies, Sized):
+        came = type(policies).__name__
+        raise ValueError(f"policies must be a sequence of at least one policy; got {came}")
+    if len(policies) == 0:
+        raise ValueError("policies must be a sequence of at least one policy; got none")
     ours = layout.tensors(init)
     if not ours:
         raise ValueError("init must hold at least one tensor; got none")
@@ -107,6 +142,7 @@ def matched(
         raise ValueError(f"init must be on one device; got tensors on {sorted(map(str, devices))}")
     result: list[Tensor] = []
     for m, policy in enumerate(policies):
+        _check_tensors(f"{role} {m}", policy)
         _check_form(f"{role} {m}", init, policy)
         theirs, where = layout.tensors(policy), layout.keys or layout.names
         for t, (a, b) in enumerate(zip(ours, theirs, strict=True)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from operator import index
 
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ def ema_update_(
         residual: selects split storage.
         stochastic: selects stochastic storage.
         seed, step: with `stochastic`, the random bits are a function of (seed, step, index of the
-            element in the concatenated list), equal on every backend.
+            element in the concatenated list), equal on every backend. In [0, 2**63).
         backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns: `ema`.
@@ -58,12 +60,13 @@ def ema_update_(
         equal on every backend. A number 0 leaves ema alone whatever params hold; else what is not
         finite, in them or in the difference, goes into ema as inf or NaN.
     """
-    averages, values = _listed(ema), _listed(params)
-    remainders = [] if residual is None else _listed(residual)
+    averages, values = _listed("ema", ema), _listed("params", params)
+    remainders = [] if residual is None else _listed("residual", residual)
     _check(averages, values, remainders, residual is not None, stochastic)
     if not averages:
         return ema
     number, device_rate = _checked_rate(rate, averages[0].device)
+    seed, step = _counter("seed", seed), _counter("step", step)
     op = _ops.EMA_UPDATE[resolve("ema", backend, averages[0].device)]
     if number == 0 and device_rate is None:
         return ema  # where 0 times what diverged would be NaN
@@ -83,12 +86,37 @@ def _first_indices(averages: list[Tensor], stochastic: bool) -> list[int]:
     return found
 
 
-def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+def _listed(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    came, found = type(tensors).__name__, list(tensors) if isinstance(tensors, Iterable) else []
+    # one look at each type: this is called for every update
+    odd = [kind.__name__ for kind in set(map(type, found)) if not issubclass(kind, Tensor)]
+    if odd or not isinstance(tensors, Iterable):
+        raise TypeError(
+            f"{name} must be a tensor or a list of tensors; got {' of '.join([came, *odd[:1]])}"
+        )
+    return found
+
+
+def _counter(name: str, given: int) -> int:
+    """An integer that the ops take."""
+    try:
+        number = index(given)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer; got {type(given).__name__}") from error
+    if not 0 <= number < 2**63:
+        raise ValueError(
+            f"{name} must be in [0, 2**63); got {number}: take it modulo 2**63, as in "
+            "torch.initial_seed() % 2**63"
+        )
+    return number
 
 
 def _checked_rate(rate: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
     if not isinstance(rate, Tensor):
+        if not isinstance(rate, Real):
+            raise TypeError(f"rate must be a number or a tensor; got {type(rate).__name__}")
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"rate must be in [0, 1]; got {rate}")
         return float(rate), None

@@ -118,7 +118,13 @@ def _named_tensors(
         pairs = list(source.items() if isinstance(source, Mapping) else source)
     if not pairs:
         raise ValueError("there must be at least one tensor; got none")
-    for name, tensor in pairs:
+    for entry in pairs:
+        if not (isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise TypeError(
+                "there must be pairs of a name, a string, and a tensor; got a "
+                f"{type(entry).__name__}"
+            )
+        name, tensor = entry
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
         if is_sharded(tensor):
