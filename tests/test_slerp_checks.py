@@ -212,3 +212,22 @@ def test_refused_out(options: dict[str, Any], error: type[Exception], message: s
 def test_gram_shows_what_slerp_refuses() -> None:
     products = gram(ZERO, [A, torch.full((4,), torch.inf)])
     assert products[0, 0, 0] == 25 and not products[0, 1, 1].isfinite()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_between_segments_overlaps_nothing_either(several: bool) -> None:
+    """It is copied from init: to no policy, and not once init was written."""
+    memory = torch.arange(30.0)
+    before, first, second = memory.clone(), memory[:10], memory[5:15]
+    for init, policy, out in ((before[:10], second, first), (first, before[:10] + 1, second)):
+        options: Any = {"eta": [1.0], "out": [out]} if several else {"out": out}
+        with pytest.raises(ValueError, match="must not share memory"):
+            slerp(init, [policy], segments=[(0, 3)], **options)
+        assert torch.equal(memory, before)
+
+
+def test_one_result_may_be_init_itself_between_segments() -> None:
+    init = torch.arange(10.0)
+    expected = torch.cat([init[:3] + 1, init[3:]])
+    assert slerp(init, [init + 1], segments=[(0, 3)], out=init) is init
+    torch.testing.assert_close(init, expected)

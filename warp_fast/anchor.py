@@ -7,6 +7,7 @@ import copy
 import operator
 import types
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from warp_fast._overlap import is_apart
 from warp_fast._sharded import check_layout, gatherers, is_sharded, local, with_local
-from warp_fast.ema import ema_update_
+from warp_fast.ema import counter, ema_update_
 from warp_fast.reference.ema import join_float32, split_float32
 
 Storage = Literal["split", "fp32", "bf16"]
@@ -73,7 +74,7 @@ class EMAAnchor:
         self.policy = policy
         self.rate = rate
         self.storage = storage
-        self.seed = seed
+        self.seed = counter("seed", seed)
         self.step = 0
         trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         dtypes = {n: _average_dtype(n, p, storage) for n, p in trainable.items()}
@@ -218,8 +219,7 @@ class EMAAnchor:
                 f"storage must be {self.storage!r}; the state has {state['storage']!r}"
             )
         _check_rate(state["rate"])
-        if not isinstance(state["step"], int) or state["step"] < 0:
-            raise ValueError(f"step must be an integer of at least 0; got {state['step']!r}")
+        seed, step = counter("seed", state["seed"]), counter("step", state["step"])
         self._check()
         buffers = _buffers(self.module, self.policy)
         targets: dict[str, dict[str, Tensor]] = {
@@ -246,7 +246,7 @@ class EMAAnchor:
             for name, tensor in ours.items():
                 tensor.copy_(state[part][name])
         self._copy(buffers)
-        self.rate, self.seed, self.step = state["rate"], state["seed"], state["step"]
+        self.rate, self.seed, self.step = state["rate"], seed, step
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
         """The anchor's weights at full precision (fp32 averages), under the names of the module.
@@ -355,6 +355,8 @@ def _buffers(module: nn.Module, policy: nn.Module) -> list[tuple[Tensor, Tensor]
 
 
 def _check_rate(rate: float) -> None:
+    if not isinstance(rate, Real):
+        raise TypeError(f"rate must be a number; got {type(rate).__name__}")
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"rate must be in [0, 1]; got {rate}")
 

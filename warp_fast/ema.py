@@ -66,7 +66,7 @@ def ema_update_(
     if not averages:
         return ema
     number, device_rate = _checked_rate(rate, averages[0].device)
-    seed, step = _counter("seed", seed), _counter("step", step)
+    seed, step = counter("seed", seed), counter("step", step)
     op = _ops.EMA_UPDATE[resolve("ema", backend, averages[0].device)]
     if number == 0 and device_rate is None:
         return ema  # where 0 times what diverged would be NaN
@@ -99,7 +99,7 @@ def _listed(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _counter(name: str, given: int) -> int:
+def counter(name: str, given: int) -> int:
     """An integer that the ops take."""
     try:
         number = index(given)

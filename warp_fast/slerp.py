@@ -11,6 +11,7 @@ from torch import Tensor
 
 from warp_fast import _ops, _sharded, _weights
 from warp_fast._backend import resolve
+from warp_fast._overlap import refuse_overlap
 from warp_fast._task_vectors import TaskVectors
 from warp_fast._weights import Weights
 
@@ -179,6 +180,9 @@ def _merge(
         products = _gram(layout, starts, ends, backend)
     # a GPU is at that until slerp asks for the products, when its apply pass is ready to go
     results = _outputs(layout, init, out, len(etas), several)
+    if layout.ranges is not None:  # the op sees the segments alone, but what is between is copied
+        whole: list[Any] = [init, *policies]
+        refuse_overlap(results, whole, same=len(results) == 1)
     written = [tensor for result in results for tensor in layout.tensors(result)]
     shards = [_sharded.all_local(tensors) for tensors in (written, starts, ends)]
     if method == "slerp":
