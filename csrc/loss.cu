@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : EXACT ? 3 : 4)
 
 // statistics and gradient
 template <class ASKED, bool WIDE>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, WIDE || ASKED::exact == kForward ? 2 : 3)
     fused_kernel(const Task task, const uint8_t* kept, const float* upstream,
                  const LossStats stats, const LossMatrix gradient) {
 #ifdef WARP_FAST_CLUSTERS
