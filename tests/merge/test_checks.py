@@ -213,12 +213,50 @@ def test_non_finite_values_are_named(
     assert not [p for p in start.parent.iterdir() if "out" in p.name]
 
 
-def test_float16_overflow_is_refused(checkpoints: Any) -> None:
-    init = checkpoints.save("init", {"big": torch.full((3,), 1e5)})
-    policy = checkpoints.save("policy", {"big": torch.full((3,), 2e5)})
-    with pytest.raises(ValueError, match="big overflows float16"):
-        merge_checkpoints(init, [policy], init.parent / "out", dtype="float16", progress=False)
-    assert not [p for p in init.parent.iterdir() if "out" in p.name]
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("method", ["slerp", "lerp"])
+@pytest.mark.parametrize(
+    ("stored", "start", "end", "eta", "dtype", "match"),
+    [
+        (F32, 1e5, 2e5, 1.0, "float16", "overflows float16.*; choose bfloat16 or float32"),
+        (F16, 6e4, 6.3e4, 2.0, None, "overflows float16, which ends at 6.55e"),
+        (BF16, 3e38, 3.3e38, 2.0, None, "overflows bfloat16, .*smaller eta"),
+        (F32, 3e38, 3.3e38, 2.0, None, "overflows float32, .*smaller eta"),
+        (F32, 3.4028e38, 3.4028e38, 1.0, "bfloat16", "overflows bfloat16"),
+        (F64, 1e38, 9e38, 1.0, "float32", "overflows float32, .*keep float64"),
+        (F64, 1e60, 1e60, 1.0, "bfloat16", "overflows bfloat16, .*keep float64"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*zero, parallel:UserWarning")
+def test_overflow_is_refused(
+    checkpoints: Any, stored: torch.dtype, start: float, end: float, eta: float, dtype: str | None,
+    match: str, method: str, sign: int,
+) -> None:  # fmt: skip
+    paths = []
+    for name, value in (("init", start), ("one", end), ("two", end)):
+        big = torch.full((3,), sign * value, dtype=F64)
+        paths.append(checkpoints.save(name, {"a": torch.ones(70), "big": big.to(stored)}))
+    output = paths[0].parent / "out"
+    with pytest.raises(ValueError, match=f"^big {match}"):
+        merge_checkpoints(
+            paths[0], paths[1:], output, method=method, eta=eta, dtype=dtype, progress=False
+        )
+    assert not [p for p in output.parent.iterdir() if "out" in p.name]
+
+
+@pytest.mark.parametrize("stored", [F16, BF16, F32, F64])
+def test_the_largest_numbers_are_merged(checkpoints: Any, stored: torch.dtype) -> None:
+    """Steps that rounding takes away are no overflow."""
+    largest = torch.finfo(stored).max
+    init = {"w": torch.tensor([largest, -largest, 0.0, 0.0], dtype=stored)}
+    ends = [{"w": init["w"] + torch.eye(4, dtype=stored)[2 + m]} for m in range(2)]
+    paths = [checkpoints.save(str(m), w) for m, w in enumerate((init, *ends))]
+    merge_checkpoints(paths[0], paths[1:], paths[0].parent / "out", eta=2.0, progress=False)
+    merged = checkpoints.load(paths[0].parent / "out")["w"]
+    assert torch.equal(merged[:2], init["w"][:2])
 
 
 def test_output_place(saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

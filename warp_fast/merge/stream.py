@@ -139,11 +139,41 @@ class Merger:
             for at, p in zip(self._places(step.tile), step.tile * len(self.writers), strict=True)
         ]
         self.apply_op(merged, init, flat, rows, segment)
+        suspects = self._suspects(step.tile, rows[:, segment])
         for piece, tensor in zip(step.tile * len(self.writers), merged, strict=True):
-            if tensor.dtype == torch.float16 and not tensor.isfinite().all():
-                raise ValueError(f"{piece.name} overflows float16; choose bfloat16 or float32")
+            # isfinite would take ten times as long
+            if piece in suspects and not all(end.isfinite() for end in tensor.aminmax()):
+                raise ValueError(self._overflow(piece.name))
         buffer.written = disk.submit(self._write, step.tile, buffer)
         self.buffers.reverse()
+
+    def _suspects(self, tile: list[Piece], coefficients: Tensor) -> set[Piece]:
+        """Pieces that may overflow, from their Grams: what cannot is not looked at.
+
+        Init is finite. Steps of less than half the spacing of the largest numbers do not take one
+        of its dtype to inf, and no element moves further than its task vectors are long.
+        """
+        norms = torch.stack([self.grams[p.name] for p in tile]).diagonal(dim1=1, dim2=2).sqrt()
+        steps = (coefficients.abs() * norms).sum(2).amax(0).tolist()
+        suspects = set()
+        for piece, step in zip(tile, steps, strict=True):
+            stored = torch.finfo(self.plan.init.entries[piece.name].dtype)
+            written = torch.finfo(self.plan.out_dtype(piece.name))
+            # a quarter of the spacing: the steps were rounded themselves
+            if stored.max > written.max or step >= written.max * written.eps / 8:
+                suspects.add(piece)
+        return suspects
+
+    def _overflow(self, name: str) -> str:
+        stored, dtype = self.plan.init.entries[name].dtype, self.plan.out_dtype(name)
+        if dtype == torch.float16:
+            advice = "choose bfloat16 or float32"
+        elif stored == torch.float64 != dtype:
+            advice = "give no dtype, to keep float64"
+        else:
+            advice = "look for weights of that size, or choose a smaller eta"
+        largest = torch.finfo(dtype).max
+        return f"{name} overflows {str(dtype)[6:]}, which ends at {largest:.3g}; {advice}"
 
     def _write(self, tile: list[Piece], buffer: _Buffer) -> None:
         places = iter(self._places(tile))
