@@ -11,6 +11,7 @@ from torch import Tensor
 
 from warp_fast import _ops, _sharded, _weights
 from warp_fast._backend import resolve
+from warp_fast._etas import read_etas
 from warp_fast._overlap import refuse_overlap
 from warp_fast._task_vectors import TaskVectors
 from warp_fast._weights import Weights
@@ -202,9 +203,7 @@ def _merge(
 
 
 def _finite_etas(eta: Any) -> tuple[list[float], bool]:
-    """(the numbers, whether they came as several: a sequence, a vector of numpy or torch)."""
-    several = isinstance(eta, Sequence) or getattr(eta, "ndim", 0) == 1
-    etas = [float(e) for e in eta] if several else [float(eta)]
+    etas, several = read_etas(eta)
     if not etas or not all(math.isfinite(e) for e in etas):
         raise ValueError(f"eta must be a finite number, or at least one of them; got {eta}")
     return etas, several

@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from warp_fast import slerp
 from warp_fast.merge import CheckpointError, merge_checkpoints, write
 from warp_fast.merge.checkpoint import open_checkpoint, read_header
 
@@ -45,6 +48,7 @@ def _refused(
         ("eta", [0.5, 2.1], r"eta must be in \[0, 2\]"),
         ("eta", [], r"eta must be in \[0, 2\]"),
         ("eta", [0.5, 0.5], "given once"),
+        ("eta", [0.0, -0.0], "given once"),
         ("method", "ties", "method must be one of slerp, lerp; got 'ties'"),
         ("granularity", "layer", "granularity must be one of"),
         ("dtype", "int8", "dtype must be one of"),
@@ -57,6 +61,26 @@ def test_arguments(saved: tuple[Path, Path], argument: str, value: Any, match: s
     with pytest.raises(ValueError, match=match):
         merge_checkpoints(**arguments | {argument: value})
     assert {p.name for p in saved[0].parent.iterdir()} == {"init", "policy"}
+
+
+ONE_ETA = [np.float32(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2), [0.5]]
+TWO_ETAS = [(0.5, 1), np.array([0.5, 1.0]), torch.tensor([0.5, 1.0]), iter([0.5, 1.0])]
+
+
+@pytest.mark.parametrize("eta", ONE_ETA + TWO_ETAS, ids=lambda eta: type(eta).__name__)
+def test_eta_is_any_real_number_or_several(saved: tuple[Path, Path], eta: Any) -> None:
+    expected = [0.5, 1.0] if any(eta is each for each in TWO_ETAS) else [0.5]
+    output = saved[0].parent / "out"
+    assert merge_checkpoints(saved[0], [saved[1]], output, eta=eta, dry_run=True).etas == expected
+
+
+@pytest.mark.parametrize("eta", ["0.5", ["0.5"], None, torch.ones(1, 1), np.array(["0.5"])])
+def test_eta_that_is_no_number_is_refused(saved: tuple[Path, Path], eta: Any) -> None:
+    with pytest.raises(TypeError, match=r"eta must be a number, or a sequence of numbers; got"):
+        merge_checkpoints(saved[0], [saved[1]], saved[0].parent / "out", eta=eta)
+    weights = torch.ones(2)
+    with pytest.raises(TypeError, match=r"eta must be a number, or a sequence of numbers; got"):
+        slerp(weights, [weights], eta=eta)
 
 
 def _truncate_data(path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from warp_fast._etas import read_etas
 from warp_fast.merge.checkpoint import Checkpoint, open_checkpoint
 from warp_fast.merge.layout import OutputFile, output_files
 from warp_fast.merge.match import FLOATING, check_floating, check_match, tied_heads
@@ -150,7 +151,7 @@ def _checked(
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}")
     if isinstance(policies, str | Path) or len(policies) == 0:
         raise ValueError(f"policies must be a list of at least one directory; got {policies!r}")
-    etas = [float(e) for e in ([eta] if isinstance(eta, int | float) else eta)]
+    etas = [e + 0.0 for e in read_etas(eta)[0]]  # -0.0 is 0.0
     if not etas or not all(math.isfinite(e) and 0 <= e <= 2 for e in etas):
         raise ValueError(f"eta must be in [0, 2] (0 is init, 1 the merge); got {eta}")
     if len({f"{e:g}" for e in etas}) < len(etas):

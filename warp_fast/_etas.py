@@ -1,0 +1,25 @@
+"""LITI steps as users give them: numbers of Python, numpy or torch, alone or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, SupportsFloat
+
+
+def read_etas(eta: Any) -> tuple[list[float], bool]:
+    """(the numbers, whether they came as several: an iterable, a vector of numpy or torch).
+
+    Raises:
+        TypeError: eta is neither a number nor several of them in one dimension.
+    """
+    several = isinstance(eta, Iterable) and not isinstance(eta, str | bytes)
+    several = several and getattr(eta, "ndim", 1) == 1
+    etas = list(eta) if several else [eta]
+    return [_number(e) for e in etas], several
+
+
+def _number(eta: Any) -> float:
+    text = isinstance(eta, str | bytes)
+    if text or not isinstance(eta, SupportsFloat) or getattr(eta, "ndim", 0) != 0:
+        raise TypeError(f"eta must be a number, or a sequence of numbers; got {eta!r}")
+    return float(eta)
