@@ -31,6 +31,18 @@ def test_linear_of_equal_weights_is_lerp(tmp_path: Path) -> None:
     assert (found["init"], found["policies"], found["dtype"]) == ("base", ["a", "b"], "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ("dtype: float32\nout_dtype: bfloat16\n", "bfloat16"),
+        ("dtype: bfloat16\nout_dtype: null\n", "bfloat16"),
+        ("dtype: null\n", None),
+    ],
+)
+def test_dtype_is_that_of_the_output(tmp_path: Path, dtypes: str, expected: str | None) -> None:
+    assert _read(tmp_path, LINEAR + TWO + dtypes)["dtype"] == expected
+
+
 def test_linear_with_the_base_among_the_models_is_liti(tmp_path: Path) -> None:
     text = LINEAR + "base_model: a\nmodels:\n"
     text += "- {model: a, parameters: {weight: 0.7}}\n- {model: b, parameters: {weight: 0.3}}\n"

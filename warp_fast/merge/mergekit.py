@@ -110,8 +110,8 @@ def _weight(model: str, own: dict[str, Any], content: dict[str, Any]) -> float:
 
 
 def _dtype(content: dict[str, Any]) -> str | None:
-    dtype = content.get("out_dtype", content.get("dtype"))
-    return None if dtype is None else str(dtype)
+    dtype = content.get("out_dtype") or content.get("dtype")
+    return str(dtype) if dtype else None
 
 
 def _refuse_slerp(
