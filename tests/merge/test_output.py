@@ -149,11 +149,23 @@ def test_dry_run_writes_nothing(
     assert _names(checkpoints.root) == before
     text = capsys.readouterr().out
     for part in ("slerp of 2 policies per block, eta 0.3, 1", "13 tensors in 7 segments", "writes",
-                 "lm_head.weight", "out/eta-0.3/model.safetensors", "policy 2 ("):  # fmt: skip
+                 "out/eta-0.3/model.safetensors", "policy 2 ("):  # fmt: skip
         assert part in text, part
     assert len(report.segments) == 7
     assert report.angles.isnan().all()
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_dry_run_says_that_a_head_is_tied_where_it_is(
+    checkpoints: Any, family: Any, capsys: pytest.CaptureFixture[str], tied: bool
+) -> None:
+    init, (policy,) = family(1, [torch.float32])
+    start = checkpoints.save("init", init, config={"tie_word_embeddings": tied})
+    end = checkpoints.save("policy", policy)
+    merge_checkpoints(start, [end], checkpoints.root / "out", dry_run=True)
+    line = "tied to the embedding, not written: lm_head.weight"
+    assert (line in capsys.readouterr().out) == tied
 
 
 def test_integer_buffers_come_from_init(checkpoints: Any) -> None:

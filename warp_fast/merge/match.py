@@ -21,9 +21,9 @@ def tied_heads(init: Checkpoint, policies: list[Checkpoint]) -> set[str]:
     stored = [name for c in (init, *policies) for name in c.entries]
     heads = {name for name in stored if name == _HEAD or name.endswith("." + _HEAD)}
     embedded = any(name.endswith(_EMBEDDING) for name in init.entries)
-    if embedded and (tied or heads.isdisjoint(init.entries)):
+    if embedded and tied:
         return heads or {_HEAD}
-    return set()
+    return heads if embedded and heads.isdisjoint(init.entries) else set()
 
 
 def check_match(init: Checkpoint, policy: Checkpoint, names: list[str], tied: set[str]) -> None:
