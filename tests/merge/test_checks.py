@@ -130,8 +130,7 @@ def _set(**fields: Any) -> Callable[[Path], None]:
         (_append, "truncated or corrupt"),
         (lambda path: path.write_bytes(b""), "truncated or corrupt: 0 bytes"),
         (lambda path: path.write_bytes(b"version https://git-lfs.github.com"), "git lfs pull"),
-        (_set(dtype="Q4"), "dtype Q4 cannot be merged"),
-        (_set(dtype="F8_E4M3"), "cannot be merged"),
+        (_set(dtype=["F32"]), "corrupt header"),
         (_set(shape=[4]), "takes 16 bytes, not 12"),
         (_set(shape=[-3]), "must be counts"),
         (_set(shape=["3"]), "must be counts"),
@@ -150,6 +149,14 @@ def test_corrupt_file_is_named(
     _refused(*saved, match=match)
     with pytest.raises(CheckpointError, match=str(saved[which].name)):
         read_header(saved[which] / "model.safetensors")
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "Q4"])
+def test_dtype_that_cannot_be_merged_is_not_called_corrupt(
+    saved: tuple[Path, Path], code: str
+) -> None:
+    _set(dtype=code)(saved[1] / "model.safetensors")
+    _refused(*saved, match=rf"^(?!.*corrupt).*: model.norm.weight is {code}, which cannot be")
 
 
 def test_unreadable_directories(saved: tuple[Path, Path], tmp_path: Path) -> None:

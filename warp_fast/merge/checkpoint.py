@@ -149,17 +149,22 @@ def read_header(path: Path) -> dict[str, Entry]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = {n: _entry(path, f, 8 + length) for n, f in header.items()}
+            entries = {n: _entry(path, n, f, 8 + length) for n, f in header.items()}
+        except CheckpointError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a corrupt header: {error!r}") from None
     _check_extent(path, entries, 8 + length, size)
     return entries
 
 
-def _entry(path: Path, fields: dict[str, Any], base: int) -> Entry:
+def _entry(path: Path, name: str, fields: dict[str, Any], base: int) -> Entry:
     code, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     if code not in DTYPES:
-        raise ValueError(f"dtype {code} cannot be merged, only {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{path}: {name} is {code}, which cannot be merged, only {', '.join(DTYPES)}; merge the "
+            "full-precision weights"
+        )
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"shape {shape} and data_offsets {[begin, end]} must be counts")
     entry = Entry(path, DTYPES[code], tuple(shape), base + begin)
