@@ -43,6 +43,7 @@ def _refused(
     [
         ("policies", [], "at least one"),
         ("policies", "policy", "list of at least one"),
+        ("policies", 3, "list of at least one directory; got 3"),
         ("eta", float("nan"), r"eta must be in \[0, 2\]"),
         ("eta", -0.1, r"eta must be in \[0, 2\]"),
         ("eta", [0.5, 2.1], r"eta must be in \[0, 2\]"),
@@ -81,6 +82,12 @@ def test_eta_that_is_no_number_is_refused(saved: tuple[Path, Path], eta: Any) ->
     weights = torch.ones(2)
     with pytest.raises(TypeError, match=r"eta must be a number, or a sequence of numbers; got"):
         slerp(weights, [weights], eta=eta)
+
+
+def test_policies_may_be_made_one_by_one(saved: tuple[Path, Path]) -> None:
+    policies = (path for path in saved)
+    report = merge_checkpoints(saved[0], policies, saved[0].parent / "out", dry_run=True)
+    assert report.policies == list(saved)
 
 
 def _truncate_data(path: Path) -> None:

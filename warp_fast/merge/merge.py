@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +28,7 @@ _COMPARED = 1 << 22  # elements of a tied head that are compared at a time
 
 def merge_checkpoints(
     init: str | Path,
-    policies: Sequence[str | Path],
+    policies: Iterable[str | Path],
     output: str | Path,
     *,
     method: str = "slerp",

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class MergePlan:
 
 def plan_merge(
     init: str | Path,
-    policies: Sequence[str | Path],
+    policies: Iterable[str | Path],
     output: str | Path,
     *,
     method: str,
@@ -105,7 +105,8 @@ def plan_merge(
         ValueError: an argument is out of its range. CheckpointError: an input cannot be read, or
             does not match init. OSError: the output exists, or does not fit on the disk.
     """
-    etas = _checked(policies, method, granularity, eta, dtype)
+    policies = _listed(policies)
+    etas = _checked(method, granularity, eta, dtype)
     start = open_checkpoint(Path(init), "init")
     ends = [open_checkpoint(Path(p), f"policy {m}") for m, p in enumerate(policies, 1)]
     tied = tied_heads(start, ends)
@@ -135,12 +136,16 @@ def plan_merge(
     return plan
 
 
+def _listed(policies: Iterable[str | Path]) -> list[str | Path]:
+    several = isinstance(policies, Iterable) and not isinstance(policies, str | Path)
+    listed = list(policies) if several else []
+    if not listed:
+        raise ValueError(f"policies must be a list of at least one directory; got {policies!r}")
+    return listed
+
+
 def _checked(
-    policies: Sequence[str | Path],
-    method: str,
-    granularity: str,
-    eta: float | Sequence[float],
-    dtype: str | None,
+    method: str, granularity: str, eta: float | Sequence[float], dtype: str | None
 ) -> list[float]:
     for name, value, known in (
         ("method", method, METHODS),
@@ -149,8 +154,6 @@ def _checked(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}")
-    if isinstance(policies, str | Path) or len(policies) == 0:
-        raise ValueError(f"policies must be a list of at least one directory; got {policies!r}")
     etas = [e + 0.0 for e in read_etas(eta)[0]]  # -0.0 is 0.0
     if not etas or not all(math.isfinite(e) and 0 <= e <= 2 for e in etas):
         raise ValueError(f"eta must be in [0, 2] (0 is init, 1 the merge); got {eta}")
