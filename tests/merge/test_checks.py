@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -331,6 +332,32 @@ def test_an_input_where_the_output_is_written_aside_is_kept(saved: tuple[Path, P
     with pytest.raises(ValueError, match=r"policy 1 .* is where .*out is written"):
         merge_checkpoints(init, [aside], init.parent / "out", progress=False)
     assert open_checkpoint(aside, "policy").names
+
+
+def test_parents_of_an_impossible_output_are_removed(saved: tuple[Path, Path]) -> None:
+    """With .partial behind it this name is too long, which shows when its parents are there."""
+    output = saved[0].parent / "new1" / "new2" / ("x" * 250)
+    with pytest.raises(OSError, match="File name too long"):
+        merge_checkpoints(saved[0], [saved[1]], output, progress=False)
+    assert not (saved[0].parent / "new1").exists()
+
+
+def test_a_file_system_without_locks_is_left_as_it_was(
+    saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(lock: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    _refused(*saved, match="No locks available", error=OSError)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_leaves_nothing(saved: tuple[Path, Path]) -> None:
+    output = saved[0].parent / "new" / "out"
+    with pytest.raises(UserWarning, match="merged linearly"):
+        merge_checkpoints(saved[0], [saved[1], saved[1]], output, progress=False)
+    assert not (saved[0].parent / "new").exists()
 
 
 def test_the_lock_is_on_the_directory_that_is_there(saved: tuple[Path, Path]) -> None:

@@ -62,7 +62,8 @@ def merge_checkpoints(
     Raises:
         CheckpointError (a ValueError): an input is unreadable, does not match init, or holds NaN or
             inf. ValueError: an argument is out of range. OSError: the output exists, or the disk is
-            full. In every case nothing is left behind.
+            full. In every case nothing is left behind, nor where a filter of warnings makes an error
+            of the one that segments were merged linearly.
 
     Traffic: reads M + 1 checkpoints (SLERP again from the page cache, as far as they fit in it) and
         writes one per eta, in bounded memory.
@@ -84,17 +85,11 @@ def merge_checkpoints(
         solution = _write_weights(plan, files, directories, progress, served)
         synced = disk.submit(sync, aside)  # while the report is made
         report = _report(plan, solution)
+        _warn_degenerate(report)  # before the output is there: a filter may raise it
         for directory in directories:
             carry_over(plan, directory)
         write_report(report, directories)
         synced.result()
-    if report.degenerate:
-        some = ", ".join(report.degenerate[:5]) + (", ..." if len(report.degenerate) > 5 else "")
-        warnings.warn(
-            f"merge: zero, parallel or antiparallel task vectors in {len(report.degenerate)} of "
-            f"{len(report.segments)} segments ({some}); these were merged linearly",
-            stacklevel=2,
-        )
     return report
 
 
@@ -174,6 +169,16 @@ def _report(plan: MergePlan, solution: Solution | None) -> MergeReport:
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
     )
+
+
+def _warn_degenerate(report: MergeReport) -> None:
+    if report.degenerate:
+        some = ", ".join(report.degenerate[:5]) + (", ..." if len(report.degenerate) > 5 else "")
+        warnings.warn(
+            f"merge: zero, parallel or antiparallel task vectors in {len(report.degenerate)} of "
+            f"{len(report.segments)} segments ({some}); these were merged linearly",
+            stacklevel=3,
+        )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

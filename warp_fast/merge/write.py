@@ -24,10 +24,8 @@ def staged(output: Path) -> Iterator[Path]:
     tells that from a merge that is still running.
     """
     final, aside = output.resolve(), aside_of(output)
-    made = [parent for parent in final.parents if not parent.exists()]
-    final.parent.mkdir(parents=True, exist_ok=True)
-    lock = _locked(aside)
-    try:
+    with _parents(final):
+        lock = _locked(aside)
         try:
             _clear(aside)
             yield aside
@@ -36,12 +34,23 @@ def staged(output: Path) -> Iterator[Path]:
             _sync_entries(final.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
-            for parent in made:
-                with contextlib.suppress(OSError):  # another merge writes there
-                    parent.rmdir()
             raise
-    finally:
-        os.close(lock)
+        finally:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """The parents of a path; those that were made for it go again where it fails."""
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in made:
+            with contextlib.suppress(OSError):  # another merge writes there
+                parent.rmdir()
+        raise
 
 
 def aside_of(output: Path) -> Path:
@@ -64,6 +73,11 @@ def _locked(directory: Path) -> int:
             raise OSError(errno.EBUSY, "another merge is writing here", str(directory)) from None
         except FileNotFoundError:
             pass
+        except OSError:  # no locks on this file system
+            os.close(lock)
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+            raise
         os.close(lock)
 
 
