@@ -352,14 +352,6 @@ def test_a_file_system_without_locks_is_left_as_it_was(
     _refused(*saved, match="No locks available", error=OSError)
 
 
-@pytest.mark.filterwarnings("error")
-def test_a_warning_that_is_an_error_leaves_nothing(saved: tuple[Path, Path]) -> None:
-    output = saved[0].parent / "new" / "out"
-    with pytest.raises(UserWarning, match="merged linearly"):
-        merge_checkpoints(saved[0], [saved[1], saved[1]], output, progress=False)
-    assert not (saved[0].parent / "new").exists()
-
-
 def test_the_lock_is_on_the_directory_that_is_there(saved: tuple[Path, Path]) -> None:
     """One that was removed between its opening and its lock is no place to write."""
     output = saved[0].parent / "out"

@@ -9,13 +9,14 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from warp_fast.merge import MergeReport, merge_checkpoints, steps, write
+from warp_fast.merge import CheckpointError, MergeReport, mapped, merge_checkpoints, steps, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*zero, parallel:UserWarning")
 
@@ -101,6 +102,15 @@ def test_failure_of_a_sync_in_the_background_is_told(
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match=r"Input/output error: .*model\.safetensors"):
         merge_checkpoints(start, ends, checkpoints.root / "out", progress=False)
+    assert _names(checkpoints.root) == before
+
+
+def test_a_warning_that_is_an_error_leaves_nothing(checkpoints: Any, family: Any) -> None:
+    start, ends = _saved(checkpoints, family)
+    before = _names(checkpoints.root)
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="merged linearly"):
+        warnings.simplefilter("error")
+        merge_checkpoints(start, ends[:1] * 2, checkpoints.root / "new" / "out", progress=False)
     assert _names(checkpoints.root) == before
 
 
@@ -212,7 +222,7 @@ def test_other_files_are_carried_over(checkpoints: Any, family: Any) -> None:
     (start / "config.json").write_text(json.dumps(nested))
     carried = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt",
                "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
-               "cl100k.tiktoken", "video_preprocessor_config.json",
+               "cl100k.tiktoken", "tekken.json", "spm.vocab", "video_preprocessor_config.json",
                "modeling_ours.py"]  # fmt: skip
     (start / "additional_chat_templates").mkdir()
     (start / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
@@ -232,6 +242,43 @@ def test_other_files_are_carried_over(checkpoints: Any, family: Any) -> None:
     config = json.loads((output / "config.json").read_text())
     assert config["torch_dtype"] == config["text_config"]["dtype"] == "bfloat16"
     assert config["text_config"]["vocab_size"] == 97
+
+
+def test_a_directory_that_two_patterns_name_is_carried_once(checkpoints: Any, family: Any) -> None:
+    start, ends = _saved(checkpoints, family)
+    (start / "tokenizer.model").mkdir()
+    (start / "tokenizer.model" / "pieces").write_text("x")
+    merge_checkpoints(start, ends, checkpoints.root / "out", progress=False)
+    assert (checkpoints.root / "out" / "tokenizer.model" / "pieces").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "additional_chat_templates/tool.jinja"])
+def test_broken_link_is_found_before_data_is_read(
+    checkpoints: Any, family: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    start, ends = _saved(checkpoints, family)
+    link = start / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to("gone")
+    monkeypatch.setattr(mapped.MappedFiles, "__init__", lambda *_: pytest.fail("data was mapped"))
+    with pytest.raises(CheckpointError, match=f"init .*: {name} must be readable.*broken link"):
+        merge_checkpoints(start, ends, checkpoints.root / "out", progress=False)
+
+
+def test_dry_run_says_what_is_carried_over(
+    checkpoints: Any, family: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, ends = _saved(checkpoints, family)
+    (start / "tekken.json").write_text("{}")
+    merge_checkpoints(start, ends, checkpoints.root / "out", dry_run=True)
+    shown = capsys.readouterr().out
+    assert "carried over from init: config.json, tekken.json\n" in shown
+    assert "no config.json" not in shown
+    (start / "config.json").rename(ends[1] / "config.json")
+    merge_checkpoints(start, ends, checkpoints.root / "out", dry_run=True)
+    shown = capsys.readouterr().out
+    assert "carried over from init: tekken.json\n" in shown
+    assert "no config.json in init, so none in the output; copy that of policy 2 (" in shown
 
 
 def test_a_merge_where_tensors_are_made_elsewhere(checkpoints: Any, family: Any) -> None:

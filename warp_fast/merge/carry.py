@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from warp_fast.merge.checkpoint import Checkpoint, CheckpointError
 from warp_fast.merge.layout import index_json
-from warp_fast.merge.plan import MergePlan
+
+if TYPE_CHECKING:
+    from warp_fast.merge.plan import MergePlan
 
 _CARRIED = (
     "generation_config.json",
@@ -17,8 +21,10 @@ _CARRIED = (
     "added_tokens.json",
     "*.model",
     "vocab.*",
+    "*.vocab",
     "merges.txt",
     "*.tiktoken",
+    "tekken.json",
     "chat_template*",
     "additional_chat_templates",  # a directory
     "*processor_config.json",
@@ -26,14 +32,29 @@ _CARRIED = (
 )
 
 
+def carried_files(init: Checkpoint) -> list[Path]:
+    """The files and directories beside config.json that belong to the model.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    found = sorted({path for pattern in _CARRIED for path in init.path.glob(pattern)})
+    for path in (each for top in found for each in (top, *top.rglob("*"))):
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(
+                f"{init}: {path.relative_to(init.path)} must be readable, to be carried over; it "
+                "is a broken link, or not permitted. Download it again, or remove it"
+            )
+    return found
+
+
 def carry_over(plan: MergePlan, directory: Path) -> None:
     """Copy what belongs to the model from init, with the dtype of the output in its config."""
-    for pattern in _CARRIED:
-        for path in plan.init.path.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, directory / path.name, copy_function=shutil.copyfile)
-            else:
-                shutil.copyfile(path, directory / path.name)
+    for path in plan.carried:
+        if path.is_dir():
+            shutil.copytree(path, directory / path.name, copy_function=shutil.copyfile)
+        else:
+            shutil.copyfile(path, directory / path.name)
     if plan.init.config:
         config = with_dtype(plan.init.config, plan.dtype)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

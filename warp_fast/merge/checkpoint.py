@@ -162,8 +162,8 @@ def _entry(path: Path, name: str, fields: dict[str, Any], base: int) -> Entry:
     code, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     if code not in DTYPES:
         raise CheckpointError(
-            f"{path}: {name} is {code}, which cannot be merged, only {', '.join(DTYPES)}; merge the "
-            "full-precision weights"
+            f"{path}: {name} is {code}, which cannot be merged, only {', '.join(DTYPES)}; merge "
+            "the full-precision weights"
         )
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"shape {shape} and data_offsets {[begin, end]} must be counts")

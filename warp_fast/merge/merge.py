@@ -62,8 +62,8 @@ def merge_checkpoints(
     Raises:
         CheckpointError (a ValueError): an input is unreadable, does not match init, or holds NaN or
             inf. ValueError: an argument is out of range. OSError: the output exists, or the disk is
-            full. In every case nothing is left behind, nor where a filter of warnings makes an error
-            of the one that segments were merged linearly.
+            full. In every case nothing is left behind; nor where a filter makes an error of the
+            warning that segments were merged linearly.
 
     Traffic: reads M + 1 checkpoints (SLERP again from the page cache, as far as they fit in it) and
         writes one per eta, in bounded memory.

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from warp_fast._etas import read_etas
+from warp_fast.merge.carry import carried_files
 from warp_fast.merge.checkpoint import Checkpoint, open_checkpoint
 from warp_fast.merge.layout import OutputFile, output_files
 from warp_fast.merge.match import FLOATING, check_floating, check_match, tied_heads
@@ -33,6 +34,7 @@ class MergePlan:
         segments: names of the float tensors that share an angle, by the name of the segment.
         copied: tensors that are not floating point; they come from init.
         tied: heads that are the embedding by the config; they are neither read nor written.
+        carried: files and directories of init that are copied beside the weights.
         outputs: one directory per eta.
         files: the safetensors files of each output.
     """
@@ -47,6 +49,7 @@ class MergePlan:
     segments: dict[str, list[str]]
     copied: list[str]
     tied: list[str]
+    carried: list[Path]
     outputs: list[Path]
     files: list[OutputFile]
 
@@ -83,10 +86,22 @@ class MergePlan:
         if self.tied:
             lines.append(f"tied to the embedding, not written: {', '.join(self.tied)}")
         lines += [
+            *self._describe_carried(),
             f"reads {self.bytes_read / 1e9:.3f} GB, writes {self.bytes_written / 1e9:.3f} GB",
             *(f"  {output / file.name}" for output in self.outputs for file in self.files),
         ]
         return "\n".join(lines)
+
+    def _describe_carried(self) -> list[str]:
+        names = [path.name for path in self.carried]
+        if self.init.config:
+            return [f"carried over from init: {', '.join(['config.json', *names])}"]
+        others = [policy for policy in self.policies if policy.config]
+        advice = f"; copy that of {others[0]} to init if it fits" if others else ""
+        return [
+            f"carried over from init: {', '.join(names) or 'nothing'}",
+            f"no config.json in init, so none in the output{advice}",
+        ]
 
 
 def plan_merge(
@@ -129,6 +144,7 @@ def plan_merge(
         segments=_segments([n for n in floating if start.entries[n].numel], granularity),
         copied=[n for n in names if start.entries[n].dtype not in FLOATING],
         tied=sorted(tied),
+        carried=carried_files(start),
         outputs=[target / f"eta-{e:g}" for e in etas] if len(etas) > 1 else [target],
         files=output_files(shapes),
     )
