@@ -96,18 +96,32 @@ def _run(command: str, rest: list[str]) -> int:
     )
     parser.add_argument("--config", action="config", help="a YAML file of these options")
     commands.add_options(parser, command)
+    _hide_appending(parser)
+    words = _spread(parser, rest)
     try:
-        options: Namespace = parser.parse_args(_spread(parser, rest))
+        options: Namespace = parser.parse_args(words)
+        by_file = options.get("mergekit") is not None
+        spelt = parser.parse_args(words, defaults=False) if by_file else Namespace()
     except ArgumentError as error:
         return _fail(_explained(str(error), parser), 2)
     del options["config"]
     try:
+        commands.check_beside_mergekit(spelt.as_dict())
         function(**parser.instantiate(options).as_dict())
     except KeyboardInterrupt:
-        return _fail("interrupted; start the same command again to go on", 130)
+        again = "to go on" if command == "train" else "to begin from zero"
+        return _fail(f"interrupted; start the same command again {again}", 130)
     except (ValueError, TypeError, OSError) as error:
         return _fail(str(error), 1)
     return 0
+
+
+def _hide_appending(parser: Any) -> None:
+    """Lists are repeated as they are; --eta+ of jsonargparse would add to the default."""
+    for action in parser._actions:
+        for option in [o for o in action.option_strings if o.endswith("+")]:
+            action.option_strings = [o for o in action.option_strings if o != option]
+            del parser._option_string_actions[option]
 
 
 def _spread(parser: Any, arguments: list[str]) -> list[str]:
@@ -143,11 +157,16 @@ def _spread(parser: Any, arguments: list[str]) -> list[str]:
 
 def _list(name: str, given: list[str], hint: str) -> str:
     """One option with all its values; words stay words, whatever YAML would make of them."""
-    alone = len(given) == 1 and (given[0].startswith("[") or not hint.startswith("list["))
+    alone = len(given) == 1 and (_is_list(given[0]) or not hint.startswith("list["))
     if alone:
         return f"{name}={given[0]}"
     items = map(json.dumps, given) if "list[str]" in hint else given
     return f"{name}=[{', '.join(items)}]"
+
+
+def _is_list(word: str) -> bool:
+    """A list as YAML has it, and no directory with brackets in its name."""
+    return word.startswith("[") and not os.path.exists(word)
 
 
 def _explained(message: str, parser: Any) -> str:

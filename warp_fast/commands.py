@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any, Literal
 
 # each command imports what it needs when it runs: merge has no use for transformers
 
-__all__ = ["add_options", "eval", "merge", "train"]
+__all__ = ["add_options", "check_beside_mergekit", "eval", "merge", "train"]
 
 
 def add_options(parser: Any, command: str) -> None:
@@ -19,6 +18,13 @@ def add_options(parser: Any, command: str) -> None:
         parser.add_class_arguments(WarpConfig)
     else:
         parser.add_function_arguments(globals()[command])
+
+
+def check_beside_mergekit(spelt: dict[str, Any]) -> None:
+    """What a mergekit file decides may not be given beside it, not even as it is by default."""
+    decided = ("init", "policy", "eta", "method", "granularity", "dtype")
+    if both := [name for name in decided if spelt.get(name)]:
+        raise ValueError(f"--mergekit decides {', '.join(both)}; give one or the other")
 
 
 def train(**options: Any) -> None:
@@ -66,20 +72,10 @@ def merge(
         "dtype": dtype,
     }
     if mergekit is not None:
-        _check_default(
-            init=init, policy=policy, eta=eta, method=method, granularity=granularity, dtype=dtype
-        )
         given = read_mergekit(mergekit)
     elif init is None or not policy:
         raise ValueError("give --init and at least one --policy, or --mergekit FILE.yaml")
     merge_checkpoints(**given, output=output, dry_run=dry_run, backend=backend)
-
-
-def _check_default(**options: Any) -> None:
-    """What a mergekit file decides may not be given beside it."""
-    defaults = inspect.signature(merge).parameters
-    if both := [name for name, value in options.items() if value != defaults[name].default]:
-        raise ValueError(f"--mergekit decides {', '.join(both)}; give one or the other")
 
 
 def eval(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,11 @@ def test_merge_refuses_what_a_mergekit_file_decides(failed: Failed, tmp_path: Pa
     file.write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]\n")
     asked = ["merge", "--mergekit", file, "--output", tmp_path / "out"]
     assert "--mergekit decides init, eta" in failed(*asked, "--init", "a", "--eta", "0.5")
+    defaults = ["--eta", "1.0", "--granularity", "block", "--method", "slerp"]
+    assert "--mergekit decides eta, method, granularity;" in failed(*asked, *defaults)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("method: slerp\ndtype: null\n")
+    assert "--mergekit decides method;" in failed(*asked, "--config", settings)
     assert "give --init and at least one --policy" in failed("merge", "--output", tmp_path / "out")
     file.write_text("merge_method: ties\nmodels: [{model: a}, {model: b}]\n")
     assert "merge_method must be linear or nuslerp; got 'ties'" in failed(*asked)
@@ -196,6 +202,40 @@ def test_merge_refuses_a_missing_policy(failed: Failed, checkpoint: Path, tmp_pa
     assert "nowhere" in failed("merge", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "advice"),
+    [("merge", "merge.merge_checkpoints", "to begin from zero"), ("train", "rl.warp", "to go on")],
+)
+def test_interrupted_command_says_what_the_next_one_does(
+    failed: Failed, config_file: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str,
+    advice: str,
+) -> None:  # fmt: skip
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    module, _, function = name.partition(".")
+    monkeypatch.setattr(importlib.import_module(f"warp_fast.{module}"), function, interrupted)
+    options = {"merge": ["--init", "a", "--policy", "b", "--output", "o"]}
+    given = options.get(command, ["--config", config_file])
+    assert f"start the same command again {advice}" in failed(command, *given, status=130)
+
+
+def test_lists_are_not_appended_to_their_default(
+    failed: Failed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    assert "--eta+" not in capsys.readouterr().out
+    given = ["--init", "a", "--policy", "b", "--output", "o", "--eta+", "0.5"]
+    assert "did you mean --eta?" in failed("merge", *given, status=2)
+
+
+def test_print_config_has_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", "--output", "o", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["eta"] == [1.0]
+
+
 def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     with pytest.raises(SystemExit) as stopped:
@@ -223,3 +263,15 @@ def test_words_of_a_list_stay_words(failed: Failed, tmp_path: Path, name: str) -
     start = models.save(tmp_path / "sft", models.FAMILIES[0])
     message = failed("merge", "--init", start, "--policy", start, name, "--output", tmp_path / "o")
     assert f"policy 2: {name} is not a directory" in message
+
+
+def test_a_directory_with_brackets_is_a_word(
+    failed: Failed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[odd]").mkdir()
+    start = models.save(tmp_path / "sft", models.FAMILIES[0])
+    message = failed("merge", "--init", start, "--policy", "[odd]", "--output", "out")
+    assert "policy 1: [odd] holds neither" in message
+    message = failed("merge", "--init", start, "--policy", "[a, b]", "--output", "out")
+    assert "policy 1: a is not a directory" in message
