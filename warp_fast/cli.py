@@ -101,12 +101,12 @@ def _run(command: str, rest: list[str]) -> int:
     try:
         options: Namespace = parser.parse_args(words)
         by_file = options.get("mergekit") is not None
-        spelt = parser.parse_args(words, defaults=False) if by_file else Namespace()
+        spelt = parser.parse_args(words, defaults=False).as_dict() if by_file else {}
     except ArgumentError as error:
         return _fail(_explained(str(error), parser), 2)
     del options["config"]
     try:
-        commands.check_beside_mergekit(spelt.as_dict())
+        commands.check_beside_mergekit(spelt)
         function(**parser.instantiate(options).as_dict())
     except KeyboardInterrupt:
         again = "to go on" if command == "train" else "to begin from zero"
