@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -141,8 +142,7 @@ class Merger:
         self.apply_op(merged, init, flat, rows, segment)
         suspects = self._suspects(step.tile, rows[:, segment])
         for piece, tensor in zip(step.tile * len(self.writers), merged, strict=True):
-            # isfinite would take ten times as long
-            if piece in suspects and not all(end.isfinite() for end in tensor.aminmax()):
+            if piece in suspects and not _finite(tensor):
                 raise ValueError(self._overflow(piece.name))
         buffer.written = disk.submit(self._write, step.tile, buffer)
         self.buffers.reverse()
@@ -153,16 +153,21 @@ class Merger:
         Init is finite. Steps of less than half the spacing of the largest numbers do not take one
         of its dtype to inf, and no element moves further than its task vectors are long.
         """
+        narrow = {p for p in tile if self._stored(p).max > self._written(p).max}
+        if len(narrow) == len(tile):
+            return narrow
         norms = torch.stack([self.grams[p.name] for p in tile]).diagonal(dim1=1, dim2=2).sqrt()
         steps = (coefficients.abs() * norms).sum(2).amax(0).tolist()
-        suspects = set()
-        for piece, step in zip(tile, steps, strict=True):
-            stored = torch.finfo(self.plan.init.entries[piece.name].dtype)
-            written = torch.finfo(self.plan.out_dtype(piece.name))
-            # a quarter of the spacing: the steps were rounded themselves
-            if stored.max > written.max or step >= written.max * written.eps / 8:
-                suspects.add(piece)
-        return suspects
+        ends = [self._written(p) for p in tile]
+        # a quarter of the spacing: the steps were rounded themselves
+        far = [step >= end.max * end.eps / 8 for step, end in zip(steps, ends, strict=True)]
+        return narrow | set(itertools.compress(tile, far))
+
+    def _stored(self, piece: Piece) -> torch.finfo:
+        return torch.finfo(self.plan.init.entries[piece.name].dtype)
+
+    def _written(self, piece: Piece) -> torch.finfo:
+        return torch.finfo(self.plan.out_dtype(piece.name))
 
     def _overflow(self, name: str) -> str:
         stored, dtype = self.plan.init.entries[name].dtype, self.plan.out_dtype(name)
@@ -207,3 +212,8 @@ class Merger:
     def _prefetch(self, tile: list[Piece]) -> None:
         for checkpoint in self.plan.inputs:
             prefetch((checkpoint.entries[p.name], p.start, p.stop) for p in tile)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """isfinite().all(), which takes ten times as long."""
+    return all(end.isfinite() for end in tensor.aminmax())
