@@ -181,7 +181,8 @@ def _merge(
         products = _gram(layout, starts, ends, backend)
     # a GPU is at that until slerp asks for the products, when its apply pass is ready to go
     results = _outputs(layout, init, out, len(etas), several)
-    if layout.ranges is not None:  # the op sees the segments alone, but what is between is copied
+    # the op sees the segments alone, but what is between is copied; a trace knows no addresses
+    if layout.ranges is not None and not torch.compiler.is_compiling():
         whole: list[Any] = [init, *policies]
         refuse_overlap(results, whole, same=len(results) == 1)
     written = [tensor for result in results for tensor in layout.tensors(result)]
