@@ -120,7 +120,7 @@ def merged(top, total, weighted):
     """Sums of several parts as one: its largest score, the factor of each part, and both sums."""
     most = tl.max(top, axis=0)
     base = tl.where(most == float("-inf"), 0.0, most)
-    scale = tl.exp(top - base)
+    scale = exponential(top - base)
     lowered = weighted + tl.where(total > 0, total * (top - base), 0.0)
     return most, scale, tl.sum(total * scale, axis=0), tl.sum(lowered * scale, axis=0)
 

@@ -39,6 +39,7 @@ class Compiled:
     """What came out: bytes of spills and counts of instructions, by their names in SASS or PTX.
 
     fused_fp32: multiply-adds that the compiler made of a product and a sum.
+    range_checks: exponentials and divisions in fp32 that come with tests for odd operands.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Compiled:
     wide_loads: int
     wide_stores: int
     fused_fp32: int
+    range_checks: int
 
 
 def ema_variants(kernels: Any) -> Iterator[Variant]:
@@ -277,6 +279,7 @@ def compile_variant(kernels: Any, variant: Variant, capability: int) -> Compiled
         len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)),
         len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
         len(re.findall(r"\bFFMA", sass)) - len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", ptx)),
+        len(re.findall(r"\b(?:ex2\.approx|div\.full|div\.rn)\.f32", ptx)),
     )
 
 
