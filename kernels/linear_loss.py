@@ -140,7 +140,7 @@ class _Gradients:
         self.needs, self.operands = needs, (states.to(operand), matrix.to(operand))
         size, width = weight.shape
         self.states = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype)
-        self.begin = True  # with the next product the sum for the weight, or for another tile of it
+        self.begins = True  # with the next product the sum for the weight
         make = weight.new_empty if len(hidden) else weight.new_zeros
         self.weight = make((min(columns, size), width) if needs[1] else 0, dtype=dtype)
 
@@ -168,8 +168,13 @@ class _Gradients:
             states = states if scale is None else (states * scale[:, None]).to(states.dtype)
             # NaN of a row without a gradient must not reach the sum
             states = torch.where(live[:, None], states, 0)
-            _accumulate(self.weight[: dlogits.shape[1]], dlogits.T, states, self.begin)
-            self.begin = False
+            _accumulate(self.weight[: dlogits.shape[1]], dlogits.T, states, self.begins)
+            self.begins = False
+
+    def taken(self, columns: int) -> Tensor:
+        """[columns, D], the sum for the weight so far; the next product begins another one."""
+        self.begins = True
+        return self.weight[:columns]
 
     def of_hidden(self, live: Tensor) -> Tensor:
         """[N, D], 0 in the rows that have no gradient; empty if not needed."""
@@ -259,8 +264,7 @@ def _backward(
                 row_gradient(rows, state[part].contiguous(), upstream[part].contiguous(), out)
                 gradients.add(part, columns, out, live[part])
             if needs[1]:
-                gradients.begin = True
-                dweight[columns] = gradients.weight[: columns.stop - columns.start]
+                dweight[columns] = gradients.taken(columns.stop - columns.start)
     return gradients.of_hidden(live), dweight
 
 
