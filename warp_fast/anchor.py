@@ -34,8 +34,9 @@ class EMAAnchor:
         rate: mu in [0, 1]; may be assigned to later. 0 keeps a static anchor.
         storage: "split" keeps bf16 weights in `module` and 16 more bits aside, together an exact
             fp32 average at 4 bytes per parameter; "fp32" keeps fp32 weights in `module` (fp64 for a
-            fp64 policy); "bf16" keeps bf16 weights, rounded stochastically, at 2 bytes. A policy
-            of another dtype with frozen parameters needs autocast to be called as the anchor.
+            fp64 policy); "bf16" keeps bf16 weights, rounded stochastically, at 2 bytes. Where the
+            policy is fp32, an anchor of bf16 weights is its rounding: their KL starts near 1e-4
+            nats per token, not at 0, and parts that are frozen in fp32 need autocast; give "fp32".
         seed: of the stochastic rounding.
         module: what becomes the anchor, for a policy that cannot be copied (FSDP2): built, cast to
             the dtype of the storage and sharded like the policy. Its values are overwritten.
@@ -307,8 +308,9 @@ def _adopted(
         dtype = dtypes.get(name, theirs[name].dtype)
         if parameter.shape != theirs[name].shape or parameter.dtype != dtype:
             raise ValueError(
-                f"{name} of module must be {tuple(theirs[name].shape)} {dtype}; "
-                f"got {tuple(parameter.shape)} {parameter.dtype}"
+                f"{name} of module must be {tuple(theirs[name].shape)} {dtype}, the dtype of the "
+                f"storage; got {tuple(parameter.shape)} {parameter.dtype}: cast module, or choose "
+                "another storage ('fp32' for fp32, 'split' or 'bf16' for bf16)"
             )
         check_layout(f"{name} of module", parameter, theirs[name])
     in_training = {id(theirs[name]) for name in dtypes}

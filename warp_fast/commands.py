@@ -115,6 +115,10 @@ def eval(
     from warp_fast.rl.compare import evaluate_checkpoints
     from warp_fast.rl.config import WarpConfig
 
+    if not all(0 <= e <= 2 for e in eta):
+        raise ValueError(f"eta must be in [0, 2] (0 is sft, 1 the policy); got {eta}")
+    if samples < 1:
+        raise ValueError(f"samples must be positive; got {samples}")
     config = WarpConfig(
         policy=sft,
         prompts=prompts,

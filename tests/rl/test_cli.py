@@ -167,6 +167,8 @@ def test_wrong_type_is_named(failed: Failed, config_file: Path) -> None:
         ("prompts", "no-such.txt", "there is none at no-such.txt"),
         ("reward", "no_such:reward", "reward must be"),
         ("max_new_tokens", 64, "room in the model's context of 48"),
+        ("device", "gpu", "device must be auto, cpu or cuda (cuda:1, ...); got 'gpu'"),
+        ("device", "cuda:77", "device is 'cuda:77', but torch sees"),
     ],
 )
 def test_bad_values(
@@ -187,6 +189,35 @@ def test_raising_reward(failed: Failed, config_file: Path, tmp_path: Path) -> No
     (tmp_path / "bad.py").write_text("def f(prompts, completions): return 1 / 0\n")
     message = failed("train", "--config", config_file, "--reward", f"{tmp_path}/bad.py:f")
     assert "raised ZeroDivisionError" in message and "reward-failures.jsonl" in message
+    assert "bad.py, line 1, in f" in " ".join(message.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--eta", "3", "eta must be in [0, 2]"),
+        ("--samples", "0", "samples must be positive"),
+        ("--policy", "nowhere", "there is none at ['nowhere']"),
+        ("--output", "a-file", "a-file"),
+    ],
+)
+def test_eval_refuses_before_it_loads_anything(
+    failed: Failed,
+    checkpoint: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    value: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").touch()
+    monkeypatch.setattr("warp_fast.rl.compare.load_policy", None)
+    given: dict[str, Any] = {"--sft": checkpoint, "--policy": checkpoint, "--prompts": prompts}
+    given |= {"--reward": "tests.rl.models:early_words", "--output": "out", option: value}
+    words = [word for pair in given.items() for word in pair]
+    assert message in " ".join(failed("eval", *words).split())
 
 
 @pytest.mark.parametrize("eta", ["-0.5", "7"])

@@ -73,6 +73,14 @@ def test_refuses_json_without_a_prompt_and_names_the_line(tmp_path: Path, line: 
         read_prompts(str(file), build_tokenizer(), 4)
 
 
+@pytest.mark.parametrize("name", ["p.json", "p.parquet", "p"])
+def test_refuses_another_format(tmp_path: Path, name: str) -> None:
+    """Its text would be trained on, braces and all."""
+    (tmp_path / name).write_text('{"prompt": "the room was"}')
+    with pytest.raises(ValueError, match=rf"a \.jsonl file.* got .*{name}: convert it"):
+        read_prompts(str(tmp_path / name), build_tokenizer(), 40)
+
+
 def test_refuses_a_missing_file() -> None:
     with pytest.raises(ValueError, match=r"there is none at nowhere\.txt"):
         read_prompts("nowhere.txt", build_tokenizer(), 4)

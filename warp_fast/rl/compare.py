@@ -17,9 +17,16 @@ def evaluate_checkpoints(
 ) -> list[FrontPoint]:
     """Sweep eta from config.policy (SFT) to each checkpoint; write front.csv and front.png.
 
+    front.csv grows with each checkpoint.
+
     Raises:
-        ValueError: a checkpoint is missing or not of the architecture of SFT.
+        ValueError: a checkpoint is missing or not of the architecture of SFT. OSError: the output
+            cannot be a directory.
     """
+    if missing := [str(checkpoint) for checkpoint in policies if not checkpoint.is_dir()]:
+        raise ValueError(f"policy must be checkpoint directories; there is none at {missing}")
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
     policy = load_policy(config)
     _, evaluator = prepare(config, policy)
     points: list[FrontPoint] = []
@@ -27,8 +34,7 @@ def evaluate_checkpoints(
         for checkpoint in policies:
             policy.load_weights(checkpoint)
             points += sweep(evaluator, config.sweep, str(checkpoint), display.point)
-        output = Path(config.output)
-        write_front(output / "front.csv", points)
+            write_front(output / "front.csv", points)
         plot_front(output / "front.png", points)
-        display.finished(output, points)
+        display.finished(points, f"front.csv and front.png are in {output}")
     return points

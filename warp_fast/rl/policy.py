@@ -128,7 +128,7 @@ def load_policy(config: WarpConfig, source: str | None = None) -> Policy:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     source = source or config.policy
-    device = torch.device(_auto_device(config.device))
+    device = _device_of(config.device)
     try:
         settings = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
@@ -167,9 +167,18 @@ def load_policy(config: WarpConfig, source: str | None = None) -> Policy:
     return policy
 
 
-def _auto_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+def _device_of(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu or cuda (cuda:1, ...); got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, but torch sees {torch.cuda.device_count()} such GPUs; give auto "
+            "or cpu, or see warp-fast doctor"
+        )
     return device
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -77,10 +76,10 @@ class Display:
             f"+- {point.reward_ci:.3f}{_held_out(point)}"
         )
 
-    def finished(self, output: Path, points: list[FrontPoint]) -> None:
+    def finished(self, points: list[FrontPoint], where: str) -> None:
         """Print the front as a table, and where the results are."""
         self.console.print(front_table(points))
-        self.console.print(f"front, pictures, report and policy are in {output}")
+        self.console.print(where, markup=False)
 
 
 def front_table(points: list[FrontPoint]) -> Table:

@@ -37,6 +37,11 @@ def read_prompts(path: str, tokenizer: Any, longest: int) -> list[Prompt]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"prompts must be a .jsonl or .txt file; there is none at {path}")
+    if file.suffix not in (".jsonl", ".txt"):
+        raise ValueError(
+            f"prompts must be a .jsonl file, one object a line, or a .txt file; got {path}: "
+            "convert it (to_json of a Hugging Face dataset or to_json(lines=True) of pandas do)"
+        )
     # not at the other places where str.splitlines does, which JSON strings may hold
     lines = file.read_text(encoding="utf-8").split("\n")
     rows = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]

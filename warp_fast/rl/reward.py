@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -140,8 +141,10 @@ def score(
         rewards = [float(value) for value in values]
     except Exception as error:
         append_json_lines(failures, samples)
+        last = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(
-            f"the reward raised {type(error).__name__}: {error}; its batch is in {failures}"
+            f"the reward raised {type(error).__name__}: {error} ({last.filename}, line "
+            f"{last.lineno}, in {last.name}); its batch is in {failures}"
         ) from error
     if len(rewards) != len(completions):
         append_json_lines(failures, samples)

@@ -63,7 +63,7 @@ def warp(config: WarpConfig, *, progress: bool = True) -> Path:
             target, start = _merge(config, start, i, display)
             points += _front(config, policy, evaluator, target, i, display)
         _finish(config, policy, points, target)
-        display.finished(output, points)
+        display.finished(points, f"front, pictures, report and policy are in {output}")
     return output
 
 
