@@ -348,3 +348,11 @@ def test_error_9_the_reward_of_a_sequence_reaches_every_token(form: str, backend
     expected = gradients(given, -(given["advantages"][:, None] * result.logprobs).sum() / B)
     torch.testing.assert_close(gradients(given, result.loss), expected)
     assert expected[0].any(2).all()
+
+
+def test_arrays_without_a_dimension_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    given = arguments("logits", 2, 3)
+    expected = loss_of(given, temperature=0.5, normalizer=3.0).loss
+    found = loss_of(given, temperature=numpy.array(0.5), normalizer=numpy.array(3.0)).loss
+    assert torch.equal(found, expected)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import warp_fast
 from tests.test_loss_checks import KINDS, V, arguments, both, gradients, loss_of, served
@@ -143,6 +145,55 @@ def test_rollouts_and_anchors_may_come_from_inference_mode(
     logprobs = function(*[given[n] for n in names], given["token_ids"], backend=backend)
     for ours, gold in zip(gradients(given, logprobs.sum()), again, strict=True):
         torch.testing.assert_close(ours, gold)
+
+
+@served
+@both
+def test_an_anchor_of_inference_mode_goes_with_the_graph(form: str, backend: str) -> None:
+    given = arguments(form, 2, 3)
+    name = "anchor_logits" if form == "logits" else "anchor_hidden"
+    with torch.inference_mode():
+        given[name] = given[name].clone()
+    loss = loss_of(given, kl="reverse", backend=backend).loss
+    weak: Any = StorageWeakRef
+    memory = weak(given.pop(name).untyped_storage())
+    assert not memory.expired()
+    loss.backward()
+    assert memory.expired()
+
+
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+@served
+def test_an_anchor_row_of_nothing(kl: Any, backend: str) -> None:
+    """Beside a beta of 0; with another one the gradient is that of the definition, as infinite."""
+    given = arguments("logits", 1, 2)
+    expected = gradients(given, loss_of(given, kl="none", backend=backend).loss)[0]
+    given["anchor_logits"][:] = -torch.inf
+    loss = loss_of(given, kl=kl, beta=0.0, backend=backend).loss
+    torch.testing.assert_close(gradients(given, loss)[0], expected)
+
+
+def test_a_gradient_of_an_infinite_kl_is_that_of_the_definition() -> None:
+    given = arguments("logits", 1, 2)
+    given["anchor_logits"][..., 1] = -torch.inf
+    given["token_ids"][:] = 0
+    ours, gold = (
+        gradients(given, loss_of(given, kl="reverse", backend=backend).loss)[0]
+        for backend in ("auto", "reference")
+    )
+    assert torch.equal(ours == -torch.inf, gold == -torch.inf)
+
+
+def test_a_symbolic_number_of_tokens_may_be_the_normalizer() -> None:
+    def loss(logits: Tensor, ids: Tensor, advantages: Tensor) -> Tensor:
+        count = logits.shape[0] * logits.shape[1]
+        result = warp_fast.warp_loss(logits, ids, advantages, kl="none", normalizer=count)
+        found: Tensor = result.loss
+        return found
+
+    given = torch.randn(2, 3, V), torch.zeros(2, 3, dtype=torch.long), torch.ones(2)
+    traced = make_fx(loss, tracing_mode="symbolic")(*given)
+    torch.testing.assert_close(traced(*given), loss(*given))
 
 
 def test_rows_behind_the_last_sequence_are_masked_where_nobody_can_look(

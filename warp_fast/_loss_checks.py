@@ -49,7 +49,7 @@ class Terms:
 
 def number(name: str, given: Any) -> Any:
     """A number, as one of Python; or what a 0-dim tensor holds, which waits for a GPU."""
-    if isinstance(given, (float, int, torch.SymFloat)):
+    if isinstance(given, (float, int, torch.SymFloat, torch.SymInt)):
         return given
     if isinstance(given, Tensor):
         if given.dim() != 0 or given.dtype.is_complex or given.requires_grad:
@@ -61,6 +61,8 @@ def number(name: str, given: Any) -> Any:
         return given.item()
     if isinstance(given, Real):
         return float(given)
+    if getattr(given, "ndim", None) == 0 and hasattr(given, "item"):  # an array of numpy
+        return number(name, given.item())
     raise TypeError(f"{name} must be a number; got {type(given).__name__}")
 
 

@@ -19,7 +19,6 @@ from warp_fast._stats_ops import (
     kept_state,
     rounded,
     save,
-    saved,
     upstream_of,
 )
 from warp_fast.native import linear_loss as native_linear_loss
@@ -124,7 +123,7 @@ def _linear_loss_autograd(backward: Any, scaled: Any) -> Kernel:
 
     def again(ctx: Any, dtotal: Tensor | None, *of_stats: Tensor | None) -> Gradients:
         """The gradients for any upstream, from the logits made again."""
-        hidden, weight, *anchor, token_ids, mask, host_mask, state, slopes = saved(ctx)
+        hidden, weight, *anchor, token_ids, mask, host_mask, state, slopes = ctx.saved_tensors
         none = torch.zeros_like(slopes[:, 0])
         upstream = upstream_of(mask, *[none if x is None else x for x in of_stats])
         if dtotal is not None:
@@ -143,7 +142,7 @@ def _linear_loss_autograd(backward: Any, scaled: Any) -> Kernel:
         of_total_alone = all(x is None for x in of_stats) and not torch.is_grad_enabled()
         parts: Gradients
         if there and of_total_alone and dtotal is not None:
-            of = saved(ctx)[:2]
+            of = ctx.saved_tensors[:2]
             parts = [final(part, dtotal, like) for part, like in zip(made, of, strict=True)]
         else:
             parts = again(ctx, dtotal, *of_stats)

@@ -103,16 +103,16 @@ def _stateless(forward: Kernel) -> Kernel:
 
 
 def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
-    """For the backward pass; tensors of inference mode, which autograd refuses, as they are."""
-    ctx.kept = [x if x is not None and x.is_inference() else None for x in tensors]
-    pairs = zip(tensors, ctx.kept, strict=True)
-    ctx.save_for_backward(*[None if kept is not None else x for x, kept in pairs])
+    """For the backward pass; of tensors of inference mode, which autograd refuses, the memory."""
+    kept = [_normal(x) if x is not None and x.is_inference() else x for x in tensors]
+    ctx.save_for_backward(*kept)
 
 
-def saved(ctx: Any) -> list[Any]:
-    """What `save` was given."""
-    pairs = zip(ctx.saved_tensors, ctx.kept, strict=True)
-    return [x if kept is None else kept for x, kept in pairs]
+def _normal(tensor: Tensor) -> Tensor:
+    """A tensor in the same memory that is not of inference mode."""
+    new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    place = tensor.storage_offset(), tensor.shape, tensor.stride()
+    return new.set_(tensor.untyped_storage(), *place)
 
 
 def _save_stats(policy: int) -> Kernel:
@@ -141,7 +141,7 @@ def kept_state(state: Tensor) -> Tensor | None:
 
 def _stats_autograd(backward: Any) -> Kernel:
     def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, token_ids, mask, anchor_logits, state = saved(ctx)
+        logits, token_ids, mask, anchor_logits, state = ctx.saved_tensors
         upstream = upstream_of(mask, gradients[0], gradients[1], gradients[3])
         dlogits = backward(upstream, logits, token_ids, anchor_logits, *ctx.head, kept_state(state))
         return dlogits, *[None] * 7
@@ -163,7 +163,7 @@ def rounded(found: Sequence[Tensor], of: tuple[Tensor, Tensor], needs: Sequence[
 
 def _linear_stats_autograd(backward: Any) -> Kernel:
     def gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, token_ids, mask, *anchor, state = saved(ctx)
+        hidden, weight, token_ids, mask, *anchor, state = ctx.saved_tensors
         upstream = upstream_of(mask, gradients[0], gradients[1], gradients[3])
         needs = tuple(ctx.needs_input_grad[:2])
         rest = (*anchor, *ctx.head, *needs, kept_state(state), None, gradient_dtype(weight))

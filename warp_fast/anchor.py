@@ -124,6 +124,9 @@ class EMAAnchor:
                 "after fully_shard, load_state_dict(assign=True) or another layer: make the anchor "
                 "after that"
             )
+        self._check_averages()
+
+    def _check_averages(self) -> None:
         for (name, average), dtype in zip(self._averages.items(), self._dtypes, strict=True):
             if average.dtype != dtype:
                 raise ValueError(
@@ -254,7 +257,7 @@ class EMAAnchor:
 
         Averages of fp32 storage, frozen parameters and buffers by reference: clone what is to stay.
         """
-        self._check()
+        self._check_averages()
         exact = {id(average): self._exact(name) for name, average in self._averages.items()}
         tensors = self.module.state_dict(keep_vars=True)
         # what get_extra_state gives need not be a tensor
@@ -283,7 +286,9 @@ def _copied(
     # nothing can be copied to elements that share a place
     stands_for.update({id(b): b.clone() for b in policy.buffers() if not is_apart(b)})
     for name, part in policy.named_modules():
-        if isinstance(vars(part).get("forward"), types.FunctionType):
+        # what torch.compile makes of a module has one too, and copies it rightly
+        compiled = hasattr(part, "_orig_mod")
+        if isinstance(vars(part).get("forward"), types.FunctionType) and not compiled:
             raise ValueError(
                 f"forward of {name or 'the policy'} was replaced by a function, which holds the "
                 "policy itself: a copy would call the policy. Make it a method of the module "
@@ -343,23 +348,22 @@ def _replaced(known: dict[str, nn.Parameter], policy: nn.Module) -> list[str]:
 
 def _buffers(module: nn.Module, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The buffers of the anchor beside those of the policy, which must be of their shapes."""
-    ours, theirs = list(module.buffers()), list(policy.buffers())
-    if [x.shape for x in ours] != [x.shape for x in theirs]:
-        first, second = (
-            {n: tuple(b.shape) for n, b in m.named_buffers()} for m in (module, policy)
-        )
-        odd = sorted(name for name, _ in first.items() ^ second.items())
+    # under all their names: rotary embeddings make one of two buffers, and two again
+    ours, theirs = (dict(m.named_buffers(remove_duplicate=False)) for m in (module, policy))
+    first, second = ({n: b.shape for n, b in each.items()} for each in (ours, theirs))
+    if first != second:
+        odd = sorted({name for name, _ in first.items() ^ second.items()})
         raise ValueError(
             f"the anchor must have the buffers of the policy; differing: {odd[:5]}. Make the "
             "anchor after the policy has them"
         )
-    return list(zip(ours, theirs, strict=True))
+    return [(buffer, theirs[name]) for name, buffer in ours.items()]
 
 
-def _check_rate(rate: float) -> None:
-    if not isinstance(rate, Real):
+def _check_rate(rate: Any) -> None:
+    if not isinstance(rate, (Real, Tensor)):
         raise TypeError(f"rate must be a number; got {type(rate).__name__}")
-    if not 0.0 <= rate <= 1.0:
+    if not 0.0 <= float(rate) <= 1.0:
         raise ValueError(f"rate must be in [0, 1]; got {rate}")
 
 

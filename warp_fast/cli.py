@@ -100,13 +100,12 @@ def _run(command: str, rest: list[str]) -> int:
     words = _spread(parser, rest)
     try:
         options: Namespace = parser.parse_args(words)
-        by_file = options.get("mergekit") is not None
-        spelt = parser.parse_args(words, defaults=False).as_dict() if by_file else {}
     except ArgumentError as error:
         return _fail(_explained(str(error), parser), 2)
     del options["config"]
     try:
-        commands.check_beside_mergekit(spelt)
+        if options.get("mergekit") is not None:
+            commands.check_beside_mergekit(_chosen(parser, words, options))
         function(**parser.instantiate(options).as_dict())
     except KeyboardInterrupt:
         again = "to go on" if command == "train" else "to begin from zero"
@@ -114,6 +113,16 @@ def _run(command: str, rest: list[str]) -> int:
     except (ValueError, TypeError, OSError) as error:
         return _fail(str(error), 1)
     return 0
+
+
+def _chosen(parser: Any, words: list[str], options: Any) -> list[str]:
+    """Options on the command line, and what a file of options has other than by default."""
+    spelt = {word.partition("=")[0] for word in words}
+    return [
+        name
+        for name, value in options.as_dict().items()
+        if f"--{name}" in spelt or value != parser.get_default(name)
+    ]
 
 
 def _hide_appending(parser: Any) -> None:

@@ -20,10 +20,10 @@ def add_options(parser: Any, command: str) -> None:
         parser.add_function_arguments(globals()[command])
 
 
-def check_beside_mergekit(spelt: dict[str, Any]) -> None:
+def check_beside_mergekit(chosen: list[str]) -> None:
     """What a mergekit file decides may not be given beside it, not even as it is by default."""
     decided = ("init", "policy", "eta", "method", "granularity", "dtype")
-    if both := [name for name in decided if spelt.get(name)]:
+    if both := [name for name in decided if name in chosen]:
         raise ValueError(f"--mergekit decides {', '.join(both)}; give one or the other")
 
 

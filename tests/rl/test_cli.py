@@ -113,11 +113,25 @@ def test_merge_refuses_what_a_mergekit_file_decides(failed: Failed, tmp_path: Pa
     defaults = ["--eta", "1.0", "--granularity", "block", "--method", "slerp"]
     assert "--mergekit decides eta, method, granularity;" in failed(*asked, *defaults)
     settings = tmp_path / "settings.yaml"
-    settings.write_text("method: slerp\ndtype: null\n")
+    settings.write_text("method: lerp\ndtype: null\n")
     assert "--mergekit decides method;" in failed(*asked, "--config", settings)
     assert "give --init and at least one --policy" in failed("merge", "--output", tmp_path / "out")
     file.write_text("merge_method: ties\nmodels: [{model: a}, {model: b}]\n")
     assert "merge_method must be linear or nuslerp; got 'ties'" in failed(*asked)
+
+
+def test_a_printed_config_stands_beside_a_mergekit_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It spells out the defaults, which nobody chose."""
+    words = ["merge", "--mergekit", str(tmp_path / "mk.yaml"), "--output", str(tmp_path / "o")]
+    with pytest.raises(SystemExit):
+        main([*words, "--print_config"])
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    main(["merge", "--config", str(tmp_path / "c.yaml")])
+    assert "decides" not in capsys.readouterr().err  # there is no mk.yaml
+    main(["merge", "--config", str(tmp_path / "c.yaml"), "--eta", "1.0"])
+    assert "--mergekit decides eta" in " ".join(capsys.readouterr().err.split())
 
 
 def test_command_line_overrides_the_file(config_file: Path, tmp_path: Path) -> None:

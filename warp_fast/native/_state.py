@@ -131,13 +131,14 @@ def coefficients_of(state: Tensor, upstream: Tensor, exact_kl: str, temperature:
         slope = slope + torch.where(dkl == 0, 0, dkl * (row.apart - apart - mean))
         # off before anything is multiplied: what is left to round is small where it matters
         rounded = mean.float().double()
-        a, c = a + dkl * (rounded - mean), dkl
+        a, c = a + dkl * torch.where(mean.isfinite(), rounded - mean, 0), dkl
     elif exact_kl == "forward":
         a, slope = a + dkl, slope + dkl
-        q, anchor_shift = dkl / row.anchor.total, row.anchor.top
+        q = torch.where(dkl == 0, 0, dkl / row.anchor.total)
+        anchor_shift = row.anchor.top
     # with 1 - p from the others
     token = torch.where(policy.token == 0, 0, policy.token * slope) + dlogprobs * policy.others
     if exact_kl == "forward":
-        token = token - dkl * row.anchor.token
+        token = token - torch.where(dkl == 0, 0, dkl * row.anchor.token)
     columns = [policy.top, *((x / policy.total) for x in (a - dlogprobs, b, c))]
     return torch.stack([*columns, rounded, anchor_shift, q, token], 1).float()

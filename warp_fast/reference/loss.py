@@ -80,7 +80,7 @@ def _row_gradient(
         # a KL that nobody asks the gradient of may be infinite
         du += torch.where((p > 0) & (dkl != 0), dkl * p * (logp - logq - kl), 0)
     elif logq is not None and exact_kl == "forward":
-        du += dkl * (p - logq.exp())
+        du += torch.where(dkl != 0, dkl * (p - logq.exp()), 0)
     return du
 
 
