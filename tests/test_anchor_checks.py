@@ -165,3 +165,15 @@ def test_buffers_may_become_one() -> None:
     anchor.update()
     assert anchor.module.get_buffer("inv_freq").tolist() == [2.0] * 3
     assert anchor.module.get_buffer("original_inv_freq").tolist() == [1.0] * 3
+
+
+def test_what_is_wrapped_for_several_processes_is_refused_wherever_it_is() -> None:
+    dist: Any = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+        for policy in (wrapped, nn.ModuleDict({"policy": wrapped})):
+            with pytest.raises(ValueError, match=r"pass policy\.module"):
+                EMAAnchor(policy)
+    finally:
+        dist.destroy_process_group()
