@@ -140,17 +140,16 @@ class Clock:
                 self.cold.max()
 
     def host_seconds(self, run: Callable[[], object]) -> float:
-        """What the host takes until a call of the GPU returns."""
-        torch.cuda.synchronize()
+        """What the host takes until a call returns: on the CPU, all of it."""
+        if self.cuda:
+            torch.cuda.synchronize()
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
 
     def seconds(self, run: Callable[[], object], host_seconds: float) -> float:
         if not self.cuda:
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
+            return self.host_seconds(run)
         self.chill(2 * host_seconds)
         return self._elapsed(run)
 

@@ -17,10 +17,9 @@ from warp_fast.kernels._rows import (
     FIELDS,
     gradient_kernel,
     row_kernel,
-    scale_kernel,
-    scaled_kernel,
     sums_kernel,
 )
+from warp_fast.kernels._scale import scale_kernel, scaled_kernel
 from warp_fast.kernels._table import CODE, copied_back, on_device
 from warp_fast.reference.loss import compute_dtype
 

@@ -7,7 +7,6 @@ import copy
 import operator
 import types
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from warp_fast._overlap import is_apart
 from warp_fast._sharded import check_layout, gatherers, is_sharded, local, with_local
-from warp_fast.ema import counter, ema_update_
+from warp_fast.ema import check_rate, counter, ema_update_
 from warp_fast.reference.ema import join_float32, split_float32
 
 Storage = Literal["split", "fp32", "bf16"]
@@ -67,7 +66,7 @@ class EMAAnchor:
     ) -> None:
         if storage not in ("split", "fp32", "bf16"):
             raise ValueError(f"storage must be 'split', 'fp32' or 'bf16'; got {storage!r}")
-        _check_rate(rate)
+        check_rate(rate)
         if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in policy.modules()):
             raise ValueError(
                 "policy must be what DistributedDataParallel wraps; pass policy.module"
@@ -91,7 +90,7 @@ class EMAAnchor:
         self._sources = list(trainable.values())
         self._known = dict(policy.named_parameters())
         self._dtypes = list(dtypes.values())
-        self._in_place = _parameters(policy)
+        self._placed = _parameters(policy)
         self._gatherers = gatherers(self.module)
         self.reset_()
 
@@ -117,7 +116,7 @@ class EMAAnchor:
                 "require a gradient now: make the anchor after they do"
             )
         now = _parameters(self.policy)
-        same = len(now) == len(self._in_place) and all(map(operator.is_, now, self._in_place))
+        same = len(now) == len(self._placed) and all(map(operator.is_, now, self._placed))
         if not same and (odd := _replaced(self._known, self.policy)):
             raise ValueError(
                 f"the policy has other parameters than when the anchor was made ({odd[:5]}), as "
@@ -222,7 +221,7 @@ class EMAAnchor:
             raise ValueError(
                 f"storage must be {self.storage!r}; the state has {state['storage']!r}"
             )
-        _check_rate(state["rate"])
+        check_rate(state["rate"])
         seed, step = counter("seed", state["seed"]), counter("step", state["step"])
         self._check()
         buffers = _buffers(self.module, self.policy)
@@ -358,13 +357,6 @@ def _buffers(module: nn.Module, policy: nn.Module) -> list[tuple[Tensor, Tensor]
             "anchor after the policy has them"
         )
     return [(buffer, theirs[name]) for name, buffer in ours.items()]
-
-
-def _check_rate(rate: Any) -> None:
-    if not isinstance(rate, (Real, Tensor)):
-        raise TypeError(f"rate must be a number; got {type(rate).__name__}")
-    if not 0.0 <= float(rate) <= 1.0:
-        raise ValueError(f"rate must be in [0, 1]; got {rate}")
 
 
 def _average_dtype(name: str, parameter: Tensor, storage: Storage) -> torch.dtype:

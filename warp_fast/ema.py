@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,12 +114,17 @@ def counter(name: str, given: int) -> int:
     return number
 
 
+def check_rate(rate: Any) -> None:
+    """A number, or a tensor whose value can be looked at here, in [0, 1]."""
+    if not isinstance(rate, (Real, Tensor)):
+        raise TypeError(f"rate must be a number or a tensor; got {type(rate).__name__}")
+    if not 0.0 <= float(rate) <= 1.0:
+        raise ValueError(f"rate must be in [0, 1]; got {rate}")
+
+
 def _checked_rate(rate: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
     if not isinstance(rate, Tensor):
-        if not isinstance(rate, Real):
-            raise TypeError(f"rate must be a number or a tensor; got {type(rate).__name__}")
-        if not 0.0 <= rate <= 1.0:
-            raise ValueError(f"rate must be in [0, 1]; got {rate}")
+        check_rate(rate)
         return float(rate), None
     if rate.dim() != 0 or rate.device != device or not rate.is_floating_point():
         raise ValueError(
