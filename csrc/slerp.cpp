@@ -9,6 +9,9 @@ namespace {
 
 constexpr int kMostFused = 16;  // task vectors of one vector of lanes held at a time
 
+// rows of NaN are how a solve refuses: they write nothing
+WARP_FAST_INLINE bool refused(const double* weight) { return weight[0] != weight[0]; }
+
 // M: the number of policies, or 0 for any up to kMostFused.
 template <int CODE, int M>
 WARP_FAST_INLINE void merge(const MergeEntry& entry, int64_t at, int64_t lanes,
@@ -22,6 +25,7 @@ WARP_FAST_INLINE void merge(const MergeEntry& entry, int64_t at, int64_t lanes,
     }
     const double* weight = call.coefficients + entry.segment * policies;
     for (int64_t k = 0; k < call.rows; ++k, weight += call.segments * policies) {
+        if (refused(weight)) continue;
         Lanes sum = start;
         for (int m = 0; m < policies; ++m) {
             sum.a += static_cast<float>(weight[m]) * delta[m].a;
@@ -62,6 +66,7 @@ void merge_wide(const MergeEntry& entry, int64_t begin, int64_t end, const Merge
         for (int64_t k = 0; k < call.rows; ++k) {
             const double* weight =
                 call.coefficients + (k * call.segments + entry.segment) * policies;
+            if (refused(weight)) continue;
             bool wide = entry.code[0] == kFp64;
             double sum = start;
             for (int m = 0; m < policies; ++m) {

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
             for (int64_t k = 0; k < rows; ++k) {
                 const double* weight = coefficients + (k * segments + entry.payload) * policies;
+                if (weight[0] != weight[0]) continue;  // how a solve refuses: nothing is written
                 void* out = column<void>(entry, 1 + policies + k);
                 uint32_t word[kWidth];
 #pragma unroll

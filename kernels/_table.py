@@ -224,6 +224,12 @@ def gram_launches(
     return launches, bounds.to(columns[0][0].device), int(bounds[-1])
 
 
+def chosen(weights: Tensor, rows: Sequence[int]) -> Tensor:
+    """The rows [K, S, M] of one pass; an index would have to travel to the device first."""
+    every = len(rows) == weights.shape[0]
+    return weights.contiguous() if every else torch.stack([weights[k] for k in rows])
+
+
 def apply_launches(
     tables: TableCache,
     read: list[list[Tensor]],

@@ -5,8 +5,6 @@ One launch per combination of dtypes and alignment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +16,7 @@ from warp_fast.kernels._table import (
     TableCache,
     apply_launches,
     by_column,
+    chosen,
     copied_back,
     on_device,
     packed,
@@ -48,7 +47,7 @@ def _apply_kernel(
     """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init), one block per program.
 
     Traffic: reads init and M policies, writes K outputs. The blocks run backward: what the Gram
-    pass read last is still in L2.
+    pass read last is still in L2. Rows of NaN, which is how a solve refuses, write nothing.
     """
     pid = blocks - 1 - tl.program_id(0).to(tl.int64)
     entry = table + tl.load(block_entry + pid).to(tl.int64) * stride
@@ -62,11 +61,13 @@ def _apply_kernel(
 
     weights = coefficients + tl.load(entry + 2) * M
     for k in range(rows):
-        merged = init.to(deltas[0].dtype)
-        for m in tl.static_range(M):
-            merged = merged + tl.load(weights + m).to(deltas[m].dtype) * deltas[m]
-        out = typed_pointer(tl.load(entry + HEAD + 1 + M + k), OUT_CODE, ALIGNED)
-        tl.store(out + offs, rounded(merged, OUT_CODE), mask=mask, cache_modifier=".cs")
+        first = tl.load(weights)
+        if first == first:
+            merged = init.to(deltas[0].dtype)
+            for m in tl.static_range(M):
+                merged = merged + tl.load(weights + m).to(deltas[m].dtype) * deltas[m]
+            out = typed_pointer(tl.load(entry + HEAD + 1 + M + k), OUT_CODE, ALIGNED)
+            tl.store(out + offs, rounded(merged, OUT_CODE), mask=mask, cache_modifier=".cs")
         weights += segments * M
 
 
@@ -74,7 +75,7 @@ def slerp_apply_triton_(
     out: list[Tensor],
     init: list[Tensor],
     policies: list[Tensor],
-    coefficients: Callable[[], Tensor],
+    coefficients: Tensor,
     segment: list[int],
 ) -> None:
     """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init), for all rows k.
@@ -86,9 +87,9 @@ def slerp_apply_triton_(
     read = by_column(init, policies)
     with on_device(init[0]):
         passes = apply_launches(_tables, read, by_column(init, written)[1:], _BLOCK, segment)
-        weights = coefficients()
+        weights = coefficients.to(init[0].device, torch.float64)
         for rows, launches in passes:
-            _apply(launches, weights[rows].to(init[0].device, torch.float64), len(read))
+            _apply(launches, chosen(weights, rows), len(read))
     copied_back(out, written)
 
 

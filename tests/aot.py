@@ -129,6 +129,16 @@ def gram_variants(kernels: Any) -> Iterator[Variant]:
     yield Variant("gram sum", "_sum_kernel", types, constants, {"enable_fp_fusion": False})
 
 
+def coefficients_variants(kernels: Any) -> Iterator[Variant]:
+    """The usual M, a large one, and the largest."""
+    types = {"gram": "*fp64", "coefficients": "*fp64", "linear": "*i1"}
+    types |= dict.fromkeys(("segments", "policies"), "i32")
+    for runs in (1, 2, 5, 16):
+        size = 1 << (runs - 1).bit_length()
+        options: dict[str, int | bool] = {"num_warps": 1, "enable_fp_fusion": False}
+        yield Variant(f"solve fp64 M{runs}", "_solve_kernel", types, {"SIZE": size}, options)
+
+
 def slerp_variants(kernels: Any) -> Iterator[Variant]:
     """The usual M and the largest; mixed dtypes; scalar accesses."""
     types = {"table": "*i64", "block_entry": "*i32", "coefficients": "*fp64"}
@@ -288,6 +298,7 @@ def _run(*command: str) -> str:
 
 
 VARIANTS = {
+    "coefficients": coefficients_variants,
     "ema": ema_variants,
     "gram": gram_variants,
     "loss": loss_variants,

@@ -21,7 +21,7 @@ CAPABILITIES = ["80", "90", "100"]
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
-@pytest.mark.parametrize("op", ["ema", "gram", "loss", "slerp"])
+@pytest.mark.parametrize("op", ["coefficients", "ema", "gram", "loss", "slerp"])
 def test_triton_kernels_compile_without_spills(op: str, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -45,8 +45,8 @@ def test_triton_kernels_compile_without_spills(op: str, tmp_path: Path) -> None:
         writes = op != "gram" and ("sums_kernel" not in name or "odds" in name)
         assert (made["wide_stores"] > 0) == (promised and writes), made
     # the bits of the EMA and of merged weights are those of unfused fp32 arithmetic, and a score of
-    # the loss is the same in both passes over a row; exp and division in fp64 hold such fp32 ones
-    fp64 = [c for c in compiled if op == "loss" and re.search("row_kernel|fp64", c["name"])]
+    # the loss is the same in both passes over a row; exp, division and root in fp64 hold such ones
+    fp64 = [c for c in compiled if re.search("loss.*(row_kernel|fp64)|solve", c["name"])]
     assert [c for c in compiled if c["fused_fp32"] and c not in fp64] == []
     # a pass over logits has few instructions for each
     assert [c for c in compiled if c["range_checks"]] == []

@@ -1,4 +1,4 @@
-"""The Triton Gram and apply passes: Grams against fp64, merged weights bit for bit.
+"""The Triton passes of SLERP: Grams and coefficients against fp64, merged weights bit for bit.
 
 On CUDA tensors where there is a GPU, and those of csrc/ as well; else on CPU tensors under the
 interpreter of Triton.
@@ -7,6 +7,7 @@ interpreter of Triton.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -19,13 +20,18 @@ from torch import Tensor
 from warp_fast._backend import MISSING
 from warp_fast.native import slerp as native
 from warp_fast.native._addresses import extension
-from warp_fast.reference.slerp import gram_reference, slerp_apply_reference_
+from warp_fast.reference.slerp import (
+    gram_reference,
+    slerp_apply_reference_,
+    slerp_coefficients_reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it once, at the import below
 pytest.importorskip("triton", reason="the package triton is not installed")
 gram_pass: Any = importlib.import_module("warp_fast.kernels.gram")
+solve_pass: Any = importlib.import_module("warp_fast.kernels.coefficients")
 apply_pass: Any = importlib.import_module("warp_fast.kernels.slerp")
 tables: Any = importlib.import_module("warp_fast.kernels._table")
 if DEVICE == "cpu" and type(gram_pass._gram_kernel).__name__ != "InterpretedFunction":
@@ -121,11 +127,11 @@ def check_apply(
         else out
     )
     expected = [x.clone() for x in out]
-    slerp_apply_reference_(expected, init, policies, lambda: coefficients, segment)
+    slerp_apply_reference_(expected, init, policies, coefficients, segment)
     for apply in APPLIES:
         for x in out:
             x.fill_(float("nan"))
-        apply(out, init, policies, lambda: coefficients, segment)
+        apply(out, init, policies, coefficients, segment)
         assert_same_bits(out, expected)
 
 
@@ -174,8 +180,8 @@ def test_in_place_and_other_dtypes_of_out() -> None:
     init, policies = weights(2)
     expected = [x.clone() for x in init]
     coefficients = torch.full((1, SEGMENTS, 2), 0.5, dtype=FP64)
-    slerp_apply_reference_(expected, init, policies, lambda: coefficients, SEGMENT)
-    apply_pass.slerp_apply_triton_(init, init, policies, lambda: coefficients, SEGMENT)
+    slerp_apply_reference_(expected, init, policies, coefficients, SEGMENT)
+    apply_pass.slerp_apply_triton_(init, init, policies, coefficients, SEGMENT)
     assert_same_bits(init, expected)
     out = [torch.empty_like(x, dtype=dtype) for dtype in (FP32, BF16, FP32) for x in init]
     check_apply(init, policies, rows=3, out=out)
@@ -268,7 +274,7 @@ def test_elements_past_2_to_the_31(
 
 
 PUBLIC = """
-import sys, torch, warp_fast
+import sys, pytest, torch, warp_fast
 from warp_fast import _ops
 device = sys.argv[1]
 torch.manual_seed(0)
@@ -281,6 +287,14 @@ torch.testing.assert_close(report.gram, expected.gram, rtol=1e-12, atol=0)
 for a, b in zip(ours, theirs):
     for key in init:
         torch.testing.assert_close(a[key], b[key])
+for backend in sys.argv[2:]:
+    bad = [{**policies[0], "a": policies[0]["a"] * float("nan")}, policies[1]]
+    kept = {k: v.clone() for k, v in init.items()}
+    with pytest.raises(ValueError, match=r"in a those of policies .0. \\(or init\\)"):
+        warp_fast.slerp(kept, bad, out=kept, backend=backend)
+    assert all(torch.equal(kept[k], init[k]) for k in init)
+    with pytest.warns(UserWarning, match=r"in 1 of 2 segments \\(b\\)"):
+        warp_fast.slerp(init, [policies[0], {**policies[1], "b": init["b"]}], backend=backend)
 lists = list(init.values()), [v for policy in policies for v in policy.values()]
 torch.library.opcheck(_ops.GRAM["triton"], (*lists, [0, 1], 2))
 rows = torch.ones(1, 2, 3, dtype=torch.float64)
@@ -298,29 +312,67 @@ torch.testing.assert_close(
 
 def test_public_functions_and_ops() -> None:
     """In a process of its own: whether CPU tensors are served is decided when warp_fast loads."""
-    subprocess.run([sys.executable, "-c", PUBLIC, DEVICE], check=True)
+    backends = ["reference", "triton", "cuda"][: 1 + len(GRAMS)]
+    subprocess.run([sys.executable, "-c", PUBLIC, DEVICE, *backends], check=True)
 
 
-@pytest.mark.parametrize("apply", APPLIES)
-def test_all_is_ready_before_the_coefficients_are_asked_for(apply: Any) -> None:
-    """They may wait for a Gram pass, and raise where it found NaN: nothing is written by then."""
-    init, policies = weights(2)
-    out = [torch.full_like(x, 7) for x in init]
-    asked = []
-
-    def coefficients() -> Tensor:
-        asked.append(len(cache))
-        raise ValueError("no coefficients")
-
-    cache = tables_of(apply)
-    before = len(cache)
-    with pytest.raises(ValueError, match="no coefficients"):
-        apply(out, init, policies, coefficients, SEGMENT)
-    assert asked == [before + 1]
-    assert all((x == 7).all() for x in out)
+@pytest.mark.parametrize("apply", [slerp_apply_reference_, *APPLIES])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64])
+def test_rows_of_nan_write_nothing(apply: Any, dtype: torch.dtype, aligned: bool) -> None:
+    """So a solve may refuse after the apply pass was launched."""
+    init, policies = weights(3, dtype, (dtype,), offset=0 if aligned else 1)
+    out = [torch.full_like(x, 7) for _ in range(2) for x in init]
+    coefficients = torch.full((2, SEGMENTS, 3), float("nan"), dtype=FP64)
+    coefficients[1] = 0
+    apply(out, init, policies, coefficients, SEGMENT)
+    assert all((x == 7).all() for x in out[: len(init)])
+    assert_same_bits(out[len(init) :], init)
 
 
-def tables_of(apply: Any) -> tables.TableCache:
-    """The pointer tables of an apply pass."""
-    found: tables.TableCache = sys.modules[apply.__module__]._tables
-    return found
+def grams(segments: int, runs: int) -> Tensor:
+    """Of random task vectors; the second to fifth segment have a pair that is nearly no plane."""
+    generator = torch.Generator().manual_seed(runs)
+    deltas = torch.randn(segments, runs, 40, dtype=FP64, generator=generator)
+    deltas *= torch.rand(segments, runs, 1, dtype=FP64, generator=generator)
+    if runs > 1 and segments > 4:
+        deltas[1, -1] = 0
+        deltas[2, 1] = 2 * deltas[2, 0]
+        deltas[3, 1] = -deltas[3, 0]
+        deltas[4, 1] = deltas[4, 0] + 1e-5 * deltas[4, 1]
+    products = deltas @ deltas.mT
+    return ((products + products.mT) / 2).to(DEVICE)
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 5, 10, 16])
+@pytest.mark.parametrize("segments", [1, 9])
+def test_solve_on_the_device(runs: int, segments: int) -> None:
+    products = grams(segments, runs)
+    found, linear = solve_pass.slerp_coefficients_triton(products)
+    expected, expected_linear = slerp_coefficients_reference(products.cpu())
+    # beside pi the rounding of a cosine grows by 1 / sin^2, and the coefficients by 1 / sin
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-14)
+    usual = expected.abs().amax(1) < 10
+    torch.testing.assert_close(found.cpu()[usual], expected[usual], rtol=1e-13, atol=1e-15)
+    assert usual.sum() >= segments - 2
+    assert torch.equal(linear.cpu(), expected_linear)
+
+
+@pytest.mark.parametrize("cosine", [1.0, -1.0, 1 - 1e-9, 1e-9 - 1, 0.0, 0.5, -0.999])
+def test_solve_at_every_angle(cosine: float) -> None:
+    products = torch.tensor([[[1.0, cosine], [cosine, 1.0]]], dtype=FP64, device=DEVICE)
+    found, linear = solve_pass.slerp_coefficients_triton(products)
+    degenerate = abs(cosine) == 1
+    angle = math.acos(cosine)
+    gold = 0.5 if degenerate else math.sin(angle / 2) / math.sin(angle)
+    assert found[0].tolist() == pytest.approx([gold, gold], rel=1e-7 if cosine < -0.9999 else 1e-14)
+    assert linear.tolist() == [degenerate]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_gram_that_is_not_finite_makes_every_coefficient_nan(value: float) -> None:
+    products = grams(300, 2)
+    products[299, 1, 1] = value
+    for solve in (solve_pass.slerp_coefficients_triton, slerp_coefficients_reference):
+        assert solve(products)[0].isnan().all()

@@ -7,8 +7,6 @@ whether or not its compiled kernel does. Those of the losses are in _stats_ops.p
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch.autograd.graph import increment_version
 from warp_fast._backend import TRITON_DEVICE
 from warp_fast._define import Kernel, define, no_result, triton
 from warp_fast._overlap import refuse_overlap
+from warp_fast._solve import Solve, solved_and_applied, solved_on_host
 from warp_fast.native import ema as native_ema
 from warp_fast.native import slerp as native_slerp
 from warp_fast.reference import ema as reference_ema
@@ -94,61 +93,6 @@ def _checked_apply(kernel: Kernel) -> Kernel:
     return run
 
 
-def _apply(kernel: Kernel) -> Kernel:
-    """The op of the apply pass alone: its coefficients are known."""
-
-    def run(*arguments: Any) -> None:
-        *lists, coefficients, segment = arguments
-        kernel(*lists, lambda: coefficients, segment)
-
-    return run
-
-
-def _slerp(kernel: Kernel) -> Kernel:
-    """The op that waits for a Gram pass, when all that its apply pass needs is ready to go."""
-
-    def run(
-        out: list[Tensor],
-        init: list[Tensor],
-        policies: list[Tensor],
-        gram: Tensor,
-        etas: list[float],
-        names: list[str],
-        segment: list[int],
-    ) -> Tensor:
-        solved = []
-
-        def coefficients() -> Tensor:
-            solved.append(_slerp_coefficients(gram.cpu(), names))
-            return torch.tensor(etas, dtype=torch.float64, device="cpu").view(-1, 1, 1) * solved[0]
-
-        kernel(out, init, policies, coefficients, segment)
-        return solved[0]
-
-    return run
-
-
-def _slerp_coefficients(gram: Tensor, names: Sequence[str]) -> Tensor:
-    """Solve on the host, refuse NaN and inf, and warn where the linear rule was taken."""
-    host = gram.cpu()
-    for s in (~host.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
-        where = (~host[s].diagonal().isfinite()).nonzero().flatten().tolist()
-        raise ValueError(
-            f"task vectors must be finite, and their squares fit fp64; in {names[s]} those of "
-            f"policies {where} (or init) hold NaN, inf or numbers too large for that"
-        )
-    coefficients, degenerate = reference_slerp.slerp_coefficients_reference(host)
-    found = degenerate.any(1).nonzero().flatten().tolist()
-    if found:
-        shown = ", ".join(names[s] for s in found[:5]) + (", ..." if len(found) > 5 else "")
-        warnings.warn(
-            f"slerp: zero, parallel or antiparallel task vectors in {len(found)} of {len(names)} "
-            f"segments ({shown}); these were merged linearly",
-            stacklevel=2,
-        )
-    return coefficients.to(gram.device)
-
-
 def _fake_slerp(
     out: list[Tensor], init: list[Tensor], policies: list[Tensor], gram: Tensor, *_: Any
 ) -> Tensor:
@@ -158,7 +102,7 @@ def _fake_slerp(
 SLERP_COEFFICIENTS = define(
     "slerp_coefficients",
     "(Tensor gram, str[] names) -> Tensor",
-    _slerp_coefficients,
+    solved_on_host,
     lambda gram, names: gram.new_empty(gram.shape[:2]),
 )
 GRAM = {
@@ -169,17 +113,36 @@ GRAM = {
     "cpp": define("gram_cpp", _GRAM_SCHEMA, native_slerp.gram_cpp, _fake_gram, "cpu"),
     "cuda": define("gram_cuda", _GRAM_SCHEMA, native_slerp.gram_cuda, _fake_gram, "cuda"),
 }
-_APPLY_KERNELS: dict[str, tuple[Kernel, str | None]] = {
-    "reference": (_checked_apply(reference_slerp.slerp_apply_reference_), None),
-    "triton": (_checked_apply(triton("slerp", "slerp_apply_triton_")), TRITON_DEVICE),
-    "cpp": (_checked_apply(native_slerp.slerp_apply_cpp_), "cpu"),
-    "cuda": (_checked_apply(native_slerp.slerp_apply_cuda_), "cuda"),
+# (solve, apply pass, device) of each backend
+_MERGES: dict[str, tuple[Solve, Kernel, str | None]] = {
+    "reference": (
+        reference_slerp.slerp_coefficients_reference,
+        _checked_apply(reference_slerp.slerp_apply_reference_),
+        None,
+    ),
+    "triton": (
+        triton("coefficients", "slerp_coefficients_triton"),
+        _checked_apply(triton("slerp", "slerp_apply_triton_")),
+        TRITON_DEVICE,
+    ),
+    "cpp": (
+        reference_slerp.slerp_coefficients_reference,
+        _checked_apply(native_slerp.slerp_apply_cpp_),
+        "cpu",
+    ),
+    "cuda": (
+        reference_slerp.slerp_coefficients_reference,
+        _checked_apply(native_slerp.slerp_apply_cuda_),
+        "cuda",
+    ),
 }
 SLERP_APPLY = {
-    name: define(f"slerp_apply_{name}_", _APPLY_SCHEMA, _apply(kernel), no_result, device)
-    for name, (kernel, device) in _APPLY_KERNELS.items()
+    name: define(f"slerp_apply_{name}_", _APPLY_SCHEMA, apply, no_result, device)
+    for name, (_, apply, device) in _MERGES.items()
 }
 SLERP = {
-    name: define(f"slerp_{name}_", _SLERP_SCHEMA, _slerp(kernel), _fake_slerp, device)
-    for name, (kernel, device) in _APPLY_KERNELS.items()
+    name: define(
+        f"slerp_{name}_", _SLERP_SCHEMA, solved_and_applied(solve, apply), _fake_slerp, device
+    )
+    for name, (solve, apply, device) in _MERGES.items()
 }

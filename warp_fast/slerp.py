@@ -13,6 +13,7 @@ from warp_fast import _ops, _sharded, _weights
 from warp_fast._backend import resolve
 from warp_fast._etas import read_etas
 from warp_fast._overlap import refuse_overlap
+from warp_fast._solve import scaled
 from warp_fast._task_vectors import TaskVectors
 from warp_fast._weights import Weights
 
@@ -179,7 +180,7 @@ def _merge(
     backend = resolve("slerp", backend, starts[0].device)
     if method == "slerp" or return_report:
         products = _gram(layout, starts, ends, backend)
-    # a GPU is at that until slerp asks for the products, when its apply pass is ready to go
+    # a GPU is at that while the host gets the apply pass ready
     results = _outputs(layout, init, out, len(etas), several)
     # the op sees the segments alone, but what is between is copied; a trace knows no addresses
     if layout.ranges is not None and not torch.compiler.is_compiling():
@@ -192,9 +193,8 @@ def _merge(
         coefficients = op(*shards, products, etas, layout.names, layout.segment)
     else:
         shape = len(layout.names), runs
-        coefficients = torch.full(shape, 1 / runs, dtype=torch.float64, device="cpu")
-        rows = torch.tensor(etas, dtype=torch.float64, device="cpu").view(-1, 1, 1) * coefficients
-        _ops.SLERP_APPLY[backend](*shards, rows, layout.segment)
+        coefficients = torch.full(shape, 1 / runs, dtype=torch.float64, device=starts[0].device)
+        _ops.SLERP_APPLY[backend](*shards, scaled(coefficients, etas), layout.segment)
     for result in results:
         _weights.copy_gaps(layout, init, result)
     merged = results if several else results[0]

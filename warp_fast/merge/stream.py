@@ -97,8 +97,7 @@ class Merger:
         names = [sorted(self.plan.segments[s]) for s in segments]
         gram = torch.stack([torch.stack([self.grams[n] for n in group]).sum(0) for group in names])
         if self.plan.method == "slerp":
-            coefficients, degenerate = slerp_coefficients_reference(gram)
-            return Solution(gram, coefficients, degenerate.any(1))
+            return Solution(gram, *slerp_coefficients_reference(gram))
         runs = gram.shape[1]
         coefficients = torch.full_like(gram[:, 0], 1 / runs)
         return Solution(gram, coefficients, torch.zeros_like(gram[:, 0, 0], dtype=torch.bool))

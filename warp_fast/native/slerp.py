@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -54,7 +52,7 @@ def slerp_apply_cpp_(
     out: list[Tensor],
     init: list[Tensor],
     policies: list[Tensor],
-    coefficients: Callable[[], Tensor],
+    coefficients: Tensor,
     segment: list[int],
 ) -> None:
     """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init); see the reference.
@@ -64,7 +62,7 @@ def slerp_apply_cpp_(
     written = [tensor.contiguous() for tensor in out]
     results = _table.by_column(init, written)[1:]
     listed = _by_tensor([*_table.by_column(init, policies), *results])
-    weights = coefficients().double().contiguous()
+    weights = coefficients.double().contiguous()
     rows, segments, runs = weights.shape
     extension().slerp_apply(
         addresses(listed),
@@ -118,7 +116,7 @@ def slerp_apply_cuda_(
     out: list[Tensor],
     init: list[Tensor],
     policies: list[Tensor],
-    coefficients: Callable[[], Tensor],
+    coefficients: Tensor,
     segment: list[int],
 ) -> None:
     """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init); see the reference.
@@ -132,9 +130,9 @@ def slerp_apply_cuda_(
     results = _table.by_column(init, written)[1:]
     with _table.on_device(init[0]):
         passes = _table.apply_launches(_tables, read, results, module.APPLY_BLOCK, segment)
-        weights = coefficients()
+        weights = coefficients.to(init[0].device, torch.float64)
         for rows, launches in passes:
-            _apply_cuda(launches, weights[rows].to(init[0].device, torch.float64))
+            _apply_cuda(launches, _table.chosen(weights, rows))
     _table.copied_back(out, written)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
 from torch import Tensor
@@ -41,27 +41,28 @@ def gram_reference(
 def slerp_coefficients_reference(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients of slerp_M = slerp(slerp_{M-1}, delta_M, 1/M), solved on the Gram matrix alone.
 
-    Shapes: gram [S, M, M] fp64. Returns coefficients [S, M] and the bool [S, M] that marks the
-    recursion steps with a zero, parallel or antiparallel pair (they took the linear rule).
+    Shapes: gram [S, M, M] fp64. Returns coefficients [S, M], and the bool [S] that marks where a
+    pair was zero, parallel or antiparallel (its step took the linear rule). All coefficients are
+    NaN where any gram holds NaN or inf.
     """
     runs = gram.shape[1]
     coefficients = torch.zeros_like(gram[:, 0])
-    degenerate = torch.zeros_like(gram[:, 0], dtype=torch.bool)
+    linear = torch.zeros_like(gram[:, 0, 0], dtype=torch.bool)
     coefficients[:, :1] = 1.0
     for m in range(1, runs):
         rate = 1.0 / (m + 1)
         dot = (coefficients * gram[:, :, m]).sum(1)
         norm = _lengths(coefficients, gram)
         cosine = (dot / (norm * gram[:, m, m].sqrt())).nan_to_num(1.0, 1.0, -1.0).clamp(-1, 1)
-        angle = torch.atan2((1 - cosine * cosine).sqrt(), cosine)
-        sine = angle.sin()
+        sine = ((1 - cosine) * (1 + cosine)).sqrt()
+        angle = torch.atan2(sine, cosine)
         flat = sine < SIN_FLOOR
         kept = torch.where(flat, 1 - rate, ((1 - rate) * angle).sin() / sine)
         added = torch.where(flat, rate, (rate * angle).sin() / sine)
         coefficients *= kept[:, None]
         coefficients[:, m] = added
-        degenerate[:, m] = flat
-    return coefficients, degenerate
+        linear |= flat
+    return torch.where(gram.isfinite().all(), coefficients, torch.nan), linear
 
 
 def _lengths(coefficients: Tensor, gram: Tensor) -> Tensor:
@@ -75,20 +76,21 @@ def slerp_apply_reference_(
     out: list[Tensor],
     init: list[Tensor],
     policies: list[Tensor],
-    coefficients: Callable[[], Tensor],
+    coefficients: Tensor,
     segment: list[int],
 ) -> None:
     """out_k = init + sum_m coefficients[k, s, m] * (policy_m - init), for all rows k.
 
-    Shapes: out K * T tensors, row-major; coefficients() [K, S, M] fp64, asked for last, since it
-    may wait for another pass, and before anything is written, since it may raise. out may be init
-    when K = 1.
+    Shapes: out K * T tensors, row-major; coefficients [K, S, M] fp64. out may be init when K = 1.
+    Rows of NaN, which is how a solve refuses, write nothing.
     """
     count = len(init)
-    table = coefficients().tolist()
+    table = coefficients.tolist()
     for t, start in enumerate(init):
         deltas = [_delta(end, start) for end in policies[t::count]]
         for k, row in enumerate(table):
+            if math.isnan(row[segment[t]][0]):
+                continue
             total = start.to(deltas[0].dtype)
             for weight, delta in zip(row[segment[t]], deltas, strict=True):
                 total = total + weight * delta

@@ -1,0 +1,94 @@
+"""Between the two passes of SLERP: coefficients from Gram matrices, without the host in between."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from warp_fast._define import Kernel
+from warp_fast.reference.slerp import slerp_coefficients_reference
+
+Solve = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def solved_on_host(gram: Tensor, names: Sequence[str]) -> Tensor:
+    """The coefficients [S, M] on the device of gram [S, M, M].
+
+    Raises:
+        ValueError: a gram holds NaN or inf; says of which segment and policies.
+    """
+    host = gram.cpu()
+    coefficients, linear = slerp_coefficients_reference(host)
+    _judge(coefficients, linear, host, names)
+    return coefficients.to(gram.device)
+
+
+def solved_and_applied(solve: Solve, apply: Kernel) -> Kernel:
+    """The op that solves, scales by the etas, applies, and then looks at what was found.
+
+    On a GPU all of it is queued before the host waits for anything. A gram of NaN or inf gives
+    coefficients of NaN, and those write nothing: it is not too late to refuse.
+    """
+
+    def run(
+        out: list[Tensor],
+        init: list[Tensor],
+        policies: list[Tensor],
+        gram: Tensor,
+        etas: list[float],
+        names: list[str],
+        segment: list[int],
+    ) -> Tensor:
+        coefficients, linear = solve(gram)
+        on_host = _to_host(coefficients, linear)
+        apply(out, init, policies, scaled(coefficients, etas), segment)
+        coefficients, linear = on_host()
+        _judge(coefficients, linear, gram, names)
+        return coefficients
+
+    return run
+
+
+def scaled(coefficients: Tensor, etas: Sequence[float]) -> Tensor:
+    """[K, S, M]: eta_k times the coefficients, on their device."""
+    rows = [coefficients * eta for eta in etas]
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+def _to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """A call that copies the tensors as they are now, beside what is queued until then."""
+    if not tensors[0].is_cuda:
+        return lambda: [x.cpu() for x in tensors]
+    device = tensors[0].device
+    made = torch.cuda.current_stream(device).record_event()
+
+    def copied() -> list[Tensor]:
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_event(made)
+        with torch.cuda.stream(side):
+            return [x.cpu() for x in tensors]
+
+    return copied
+
+
+def _judge(coefficients: Tensor, linear: Tensor, gram: Tensor, names: Sequence[str]) -> None:
+    """Refuse NaN and inf, and warn where the linear rule was taken; all but gram on the host."""
+    if coefficients.isnan().any():
+        bad = ~gram.cpu().isfinite()
+        s = int(bad.flatten(1).any(1).nonzero()[0])
+        where = bad[s].diagonal().nonzero().flatten().tolist()
+        raise ValueError(
+            f"task vectors must be finite, and their squares fit fp64; in {names[s]} those of "
+            f"policies {where} (or init) hold NaN, inf or numbers too large for that"
+        )
+    found = linear.nonzero().flatten().tolist()
+    if found:
+        shown = ", ".join(names[s] for s in found[:5]) + (", ..." if len(found) > 5 else "")
+        warnings.warn(
+            f"slerp: zero, parallel or antiparallel task vectors in {len(found)} of {len(names)} "
+            f"segments ({shown}); these were merged linearly",
+            stacklevel=3,
+        )
