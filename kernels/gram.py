@@ -6,6 +6,8 @@ Summed in two stages of fixed order, per chunk of a tensor and then per segment,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -33,14 +35,23 @@ _SUM_BLOCK = 1024
 _tables = TableCache()
 
 
-def tiling(runs: int, heavy: bool = False) -> tuple[int, int]:
-    """Policies per group, elements per chunk; heavy: see `Launch.heavy`.
+class Tiling(NamedTuple):
+    """Policies per group, elements per chunk, and vectors that are on their way at once."""
+
+    group: int
+    chunk: int
+    stages: int
+
+
+def tiling(runs: int, heavy: bool = False) -> Tiling:
+    """heavy: see `Launch.heavy`.
 
     All pairs of 5 policies fit in registers as fp64 sums. More are taken 4 by 4, heavy ones 2 by 2,
-    from chunks short enough to be read again from cache.
+    from chunks short enough to be read again from cache. From 4 on the products take about as long
+    as the loads, and few programs fit beside each other: loads go ahead through shared memory.
     """
     group, chunk = (5, 1 << 15) if runs <= 5 else (4, 1 << 13)
-    return 2 if heavy else group, chunk
+    return Tiling(2 if heavy else group, chunk, 3 if runs > 3 else 1)
 
 
 @triton.jit
@@ -81,6 +92,7 @@ def _group(
     CODES: tl.constexpr,
     ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Inner products of policies [a, a + GROUP) with [b, b + GROUP) over elements [begin, end)."""
@@ -95,7 +107,7 @@ def _group(
     for i in tl.static_range(A):
         for _ in tl.static_range(i if a == b else 0, B):
             sums = sums + (tl.zeros([ROWS], tl.float64),)
-    for start in range(begin, end, ROWS * _COLUMNS):
+    for start in tl.range(begin, end, ROWS * _COLUMNS, num_stages=STAGES):
         offs = start + lanes
         mask = offs < size
         init = tl.load(init_ptr + offs, mask=mask, other=0.0)
@@ -117,6 +129,7 @@ def _gram_kernel(
     ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Inner products of the task vectors over one chunk of one entry.
@@ -132,7 +145,7 @@ def _gram_kernel(
     end = tl.minimum(begin + CHUNK, size)
     for a in tl.static_range(0, M, GROUP):
         for b in tl.static_range(a, M, GROUP):
-            _group(entry, row, begin, end, size, a, b, M, CODES, ALIGNED, GROUP, ROWS)
+            _group(entry, row, begin, end, size, a, b, M, CODES, ALIGNED, GROUP, STAGES, ROWS)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -163,7 +176,7 @@ def gram_triton(
     Shapes: as `gram_reference`. Task vectors in fp32, products and sums in fp64.
     """
     runs = len(policies) // len(init)
-    _, chunk = tiling(runs)
+    chunk = tiling(runs).chunk
     columns = by_column(init, policies)
 
     def build() -> tuple[list[Launch], Tensor, int]:
@@ -181,8 +194,9 @@ def gram_triton(
                 M=runs,
                 CODES=packed(launch.codes),
                 ALIGNED=launch.aligned,
-                GROUP=tiling(runs, launch.heavy)[0],
+                GROUP=tiling(runs, launch.heavy).group,
                 CHUNK=chunk,
+                STAGES=tiling(runs).stages,
                 ROWS=_ROWS,
                 num_warps=_WARPS,
                 **_REGISTERS,

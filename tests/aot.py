@@ -109,7 +109,7 @@ def gram_variants(kernels: Any) -> Iterator[Variant]:
     grid += [(["fp32"] * 6, False), (bf16[:10], False)]
     for codes, aligned in grid:
         runs = len(codes) - 1
-        group, chunk = kernels.tiling(runs, heavy(codes, aligned))
+        group, chunk, stages = kernels.tiling(runs, heavy(codes, aligned))
         yield Variant(
             f"gram M{runs} {codes[0]} {codes[1]}{'' if aligned else ' unaligned'}",
             "_gram_kernel",
@@ -120,6 +120,7 @@ def gram_variants(kernels: Any) -> Iterator[Variant]:
                 "ALIGNED": aligned,
                 "GROUP": group,
                 "CHUNK": chunk,
+                "STAGES": stages,
                 "ROWS": kernels._ROWS,
             },
             {"num_warps": kernels._WARPS, "enable_fp_fusion": True, **kernels._REGISTERS},
@@ -286,7 +287,7 @@ def compile_variant(kernels: Any, variant: Variant, capability: int) -> Compiled
         registers,
         stack,
         local,
-        len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)),
+        len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg[^;]*, 0x10,", ptx)),
         len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
         len(re.findall(r"\bFFMA", sass)) - len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", ptx)),
         len(re.findall(r"\b(?:ex2\.approx|div\.full|div\.rn)\.f32", ptx)),

@@ -145,7 +145,7 @@ def test_any_number_of_policies(runs: int) -> None:
 
 @pytest.mark.parametrize("runs", [2, 6])
 def test_many_chunks_are_summed(runs: int) -> None:
-    _, chunk = gram_pass.tiling(runs)
+    chunk = gram_pass.tiling(runs).chunk
     init, policies = weights(runs, sizes=[2 * chunk + 13])
     check_gram(init, policies, [3])
 
@@ -233,7 +233,7 @@ def test_infinite_weights_show_in_the_gram() -> None:
 
 
 # (gram, elements of its blocks, apply, elements of its blocks)
-FAR = [(GRAMS[0], gram_pass.tiling(2)[1], APPLIES[0], apply_pass._BLOCK)]
+FAR = [(GRAMS[0], gram_pass.tiling(2).chunk, APPLIES[0], apply_pass._BLOCK)]
 if len(GRAMS) > 1:
     FAR.append((GRAMS[1], extension().GRAM_CHUNK, APPLIES[1], extension().APPLY_BLOCK))
 
