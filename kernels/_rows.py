@@ -287,7 +287,7 @@ def gradient_kernel(
     logits,
     anchor,
     token_ids,
-    kept,
+    kept,  # [N] uint8: 1 for a gradient, 0 for one of 0, 2 for what is there already
     state,  # [N, STATE] fp64
     out,  # may be logits
     run,
@@ -306,12 +306,10 @@ def gradient_kernel(
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
     CODE: tl.constexpr,
-    CLEAR: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
     """d(upstream . statistics)/d(logits) over one piece of one row.
 
-    CLEAR: a row that is not kept gets 0; else it is left as it is.
     Traffic: reads logits, and for an exact KL the anchor; writes out.
     """
     pid = tl.program_id(0).to(tl.int64)
@@ -322,8 +320,9 @@ def gradient_kernel(
     lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     first = (pid % PIECES).to(tl.int32) * PIECE
     end = tl.minimum(first + PIECE, size)
-    if tl.load(kept + n) == 0:
-        if CLEAR:
+    what = tl.load(kept + n)
+    if what != 1:
+        if what == 0:
             _clear(out_row, first, end, size, lanes, CODE, VECTORS)
         return
     sampled = _place(tl.load(token_ids + n), size)
@@ -341,9 +340,12 @@ def gradient_kernel(
         dlogp, dentropy, dkl = dlogp * whole, dentropy * whole, dkl * whole
     of_others, of_token = -dlogp * share, dlogp * rest
     of_entropy, of_kl, of_anchor = dentropy * share, dkl * share, dkl * anchor_share
+    compared = tl.where(dkl != 0, size, 0)  # else the KL may be infinite
     for begin in range(first, end, VECTORS * LANES):
         offs = begin + lanes
         z = tl.load(row + offs, mask=offs < size, other=0.0)
+        if EXACT:
+            w = tl.load(anchor_row + offs, mask=offs < compared, other=0.0)
         u = scores(z, inner, outer, SOFTCAP, WIDE)
         e = exponential(u - most)
         du = of_others * e
@@ -352,8 +354,7 @@ def gradient_kernel(
         if dentropy != 0:
             du -= of_entropy * weighed(u - most - low, e)
         if EXACT:
-            if dkl != 0:  # else the KL may be infinite
-                w = tl.load(anchor_row + offs, mask=offs < size, other=0.0)
+            if dkl != 0:
                 v = scores(w, inner, outer, SOFTCAP, WIDE)
                 if EXACT == REVERSE:
                     du += of_kl * weighed(u - v - apart, e)

@@ -113,8 +113,16 @@ def launches_of(
         numbers = torch.arange(len(members), dtype=torch.int32, device="cpu")
         block_entry = numbers.repeat_interleave(torch.tensor(counts, device="cpu"))
         table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        launches.append(Launch(codes, aligned, table.to(device), block_entry.to(device)))
+        launches.append(Launch(codes, aligned, *_uploaded(device, table, block_entry)))
     return launches
+
+
+def _uploaded(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """Copies that are there for every stream, made beside what is queued: a Gram pass, perhaps."""
+    if device.type != "cuda":
+        return [x.to(device) for x in tensors]
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        return [x.to(device) for x in tensors]
 
 
 class TableCache:
@@ -221,7 +229,7 @@ def gram_launches(
         in_segment[segment[entry.tensor] + 1] += entry.blocks
     bounds = torch.tensor(in_segment, device="cpu").cumsum(0)
     launches = launches_of(columns, entries, lambda entry: entry.row)
-    return launches, bounds.to(columns[0][0].device), int(bounds[-1])
+    return launches, _uploaded(columns[0][0].device, bounds)[0], int(bounds[-1])
 
 
 def chosen(weights: Tensor, rows: Sequence[int]) -> Tensor:

@@ -46,7 +46,7 @@ def _half_angle(cosine):
 def _factors(cosine, count):
     """sin((1 - r) angle) / sin(angle), sin(r angle) / sin(angle), r = 1 / count; if linear."""
     sine = tl.sqrt((1.0 - cosine) * (1.0 + cosine))
-    flat = sine < _FLOOR
+    flat = sine < tl.full([], _FLOOR, tl.float64)  # a number alone would be rounded to fp32
     part, rest = _sine_cosine(2 * _half_angle(cosine) / count)
     length = tl.where(flat, 1.0, sine)
     kept = tl.where(flat, 1.0 - 1.0 / count, (sine * rest - cosine * part) / length)

@@ -154,7 +154,7 @@ class _Gradients:
     ) -> None:
         """Two GEMMs, of which that for the weight adds to the one before.
 
-        live: [n], rows that have a gradient; in the sum for the weight others may hold anything.
+        live: [n], rows that have a gradient; of others dlogits are finite, hidden may be anything.
         scale: [n], what the gradients of the logits of a row are to be multiplied by.
         """
         states, matrix = (x[part] for x, part in zip(self.operands, (rows, columns), strict=True))
@@ -166,7 +166,7 @@ class _Gradients:
             self.states[rows].addcmul_(found, scale[:, None])
         if self.needs[1]:
             states = states if scale is None else (states * scale[:, None]).to(states.dtype)
-            # NaN of a row without a gradient must not reach the sum
+            # NaN in the hidden state of a row without a gradient must not reach the sum
             states = torch.where(live[:, None], states, 0)
             _accumulate(self.weight[: dlogits.shape[1]], dlogits.T, states, self.begins)
             self.begins = False
@@ -377,8 +377,9 @@ class _Making:
             self.logits.add_anchor(part, out)
 
     def _put(self, rows: Rows, block: slice, part: slice, upstream: Tensor) -> None:
-        """Gradients of the logits of a part of the block."""
+        """Gradients of the logits of a part of the block, 0 where a row has none."""
         out, state = self.dlogits[within(block, part)], self.out.state[part]
+        rows = rows._replace(kept=(upstream != 0).any(1).view(torch.uint8))
         row_gradient(rows, state.contiguous(), upstream.contiguous(), out)
 
     def _slopes(self, rows: slice) -> Tensor:

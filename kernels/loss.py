@@ -165,20 +165,17 @@ def row_statistics(rows: Rows, out: Found, entropy: bool, odds: Odds | None = No
             **constants,
         )
     if odds is not None:
-        # rows whose odds do not fit; asking whether there are any would wait for the GPU
-        far = rows._replace(kept=(odds.factors > 0).view(torch.uint8))
+        # rows whose odds do not fit, and 0 in those of NaN, which may turn out to have no gradient;
+        # asking whether there are any would wait for the GPU
+        far = torch.where(odds.factors > 0, 1, torch.where(odds.factors.isnan(), 0, 2))
         of_logprobs = out.logprobs.new_zeros((count, 3))
         of_logprobs[:, 0] = 1
-        row_gradient(far, out.state, of_logprobs, odds.values, clear=False)
+        far_rows = rows._replace(kept=far.to(torch.uint8))
+        row_gradient(far_rows, out.state, of_logprobs, odds.values)
 
 
-def row_gradient(
-    rows: Rows, state: Tensor, upstream: Tensor, out: Tensor, clear: bool = True
-) -> None:
-    """Write dlogits to `out`, which may be the logits themselves.
-
-    clear: write 0 in rows not kept, which else are left as they are.
-    """
+def row_gradient(rows: Rows, state: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """Write dlogits to `out`, which may be the logits themselves: 0 in rows that are not kept."""
     count, size = rows.shape
     if not count:
         return
@@ -193,7 +190,6 @@ def row_gradient(
             size,
             *factors,
             CODE=CODE[out.dtype],
-            CLEAR=clear,
             **rows.tiles,
             **rows.constants(upstream.dtype),
         )
@@ -265,7 +261,14 @@ def scaled_triton(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if size:
         with on_device(values):
             scaled_kernel[(triton.cdiv(size, _BLOCK),)](
-                values, out, factor, size, CODE=CODE[dtype], BLOCK=_BLOCK, num_warps=_WARPS
+                values,
+                out,
+                factor,
+                size,
+                CODE=CODE[dtype],
+                BLOCK=_BLOCK,
+                num_warps=_WARPS,
+                enable_fp_fusion=False,
             )
     return out
 

@@ -212,7 +212,7 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
         variants: dict[str, dict[str, int]] = {
             "sums_kernel": sums | tiles,
             "row_kernel": sums | padded,
-            "gradient_kernel": tiles | {"CODE": CODE[out], "CLEAR": True},
+            "gradient_kernel": tiles | {"CODE": CODE[out]},
         }
         for kernel, more in variants.items():
             suffix = " odds" * (more.get("ODDS", -1) >= 0) + " unaligned" * (size % 16 != 0)

@@ -166,6 +166,18 @@ def test_rows_whose_odds_do_not_fit(kl: str, dtype: torch.dtype) -> None:
     cases.check(linear.linear_loss_triton, given)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("kl", ["none", "reward", "reverse"])
+def test_nan_in_rows_without_a_gradient_reaches_no_sum(kl: str, dtype: torch.dtype) -> None:
+    """Rows that a mask keeps, of no advantage."""
+    heads, rows, terms = cases.call(kl, dtype=dtype)
+    terms = replace(terms, beta=0.0, advantages=torch.where(rows.sequence == 1, 0, 1.0))
+    heads.hidden[rows.sequence == 1] = torch.nan
+    given = on_device((heads, rows, terms))
+    for found in linear.linear_loss_triton(*given, False, (True, True))[-2:]:
+        assert found.isfinite().all() and found.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("low_memory", [False, True], ids=["made", "low memory"])
 @pytest.mark.parametrize("kl", ["reward", "reward_to_go", "k2", "reverse"])

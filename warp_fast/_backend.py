@@ -57,7 +57,10 @@ def _missing_cuda() -> str | None:
         return MISSING["cpp"]
     extension = importlib.import_module("warp_fast._C")
     if not extension.has_cuda:
-        return "warp_fast._C was built without nvcc; reinstall with a CUDA toolkit"
+        return (
+            "warp_fast._C was built without CUDA kernels; reinstall with nvcc on the PATH and "
+            "WARP_FAST_CUDA_ARCHS other than 'none'"
+        )
     return None
 
 

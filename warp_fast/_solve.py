@@ -21,13 +21,11 @@ def solved_on_host(gram: Tensor, names: Sequence[str]) -> Tensor:
         ValueError: a gram holds NaN or inf; says of which segment and policies.
     """
     host = gram.cpu()
-    coefficients, linear = slerp_coefficients_reference(host)
-    _judge(coefficients, linear, host, names)
-    return coefficients.to(gram.device)
+    return _judged(*slerp_coefficients_reference(host), host, names).to(gram.device)
 
 
 def solved_and_applied(solve: Solve, apply: Kernel) -> Kernel:
-    """The op that solves, scales by the etas, applies, and then looks at what was found.
+    """The op that solves, scales by the etas, applies, and judges what was found.
 
     On a GPU all of it is queued before the host waits for anything. A gram of NaN or inf gives
     coefficients of NaN, and those write nothing: it is not too late to refuse.
@@ -43,11 +41,17 @@ def solved_and_applied(solve: Solve, apply: Kernel) -> Kernel:
         segment: list[int],
     ) -> Tensor:
         coefficients, linear = solve(gram)
-        on_host = _to_host(coefficients, linear)
-        apply(out, init, policies, scaled(coefficients, etas), segment)
-        coefficients, linear = on_host()
-        _judge(coefficients, linear, gram, names)
-        return coefficients
+        rows = scaled(coefficients, etas)
+        if not gram.is_cuda:
+            coefficients = _judged(coefficients, linear, gram, names)
+            apply(out, init, policies, rows, segment)
+            return coefficients
+        solved = torch.cuda.current_stream(gram.device).record_event()
+        apply(out, init, policies, rows, segment)
+        side = torch.cuda.Stream(gram.device)  # type: ignore[no-untyped-call]
+        side.wait_event(solved)
+        with torch.cuda.stream(side):
+            return _judged(coefficients, linear, gram, names)
 
     return run
 
@@ -58,24 +62,9 @@ def scaled(coefficients: Tensor, etas: Sequence[float]) -> Tensor:
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
-def _to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
-    """A call that copies the tensors as they are now, beside what is queued until then."""
-    if not tensors[0].is_cuda:
-        return lambda: [x.cpu() for x in tensors]
-    device = tensors[0].device
-    made = torch.cuda.current_stream(device).record_event()
-
-    def copied() -> list[Tensor]:
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_event(made)
-        with torch.cuda.stream(side):
-            return [x.cpu() for x in tensors]
-
-    return copied
-
-
-def _judge(coefficients: Tensor, linear: Tensor, gram: Tensor, names: Sequence[str]) -> None:
-    """Refuse NaN and inf, and warn where the linear rule was taken; all but gram on the host."""
+def _judged(coefficients: Tensor, linear: Tensor, gram: Tensor, names: Sequence[str]) -> Tensor:
+    """The coefficients on the host; refuses NaN and inf, warns where the linear rule was taken."""
+    coefficients, linear = coefficients.cpu(), linear.cpu()
     if coefficients.isnan().any():
         bad = ~gram.cpu().isfinite()
         s = int(bad.flatten(1).any(1).nonzero()[0])
@@ -92,3 +81,4 @@ def _judge(coefficients: Tensor, linear: Tensor, gram: Tensor, names: Sequence[s
             f"segments ({shown}); these were merged linearly",
             stacklevel=3,
         )
+    return coefficients

@@ -15,7 +15,7 @@ from typing import Any
 _COMMANDS = {
     "train": "run WARP on a policy, from prompts to a KL-reward front",
     "merge": "merge checkpoints by SLERP of their task vectors",
-    "eval": "evaluate policies and everything between them and SFT",
+    "eval": "evaluate policies, and points between SFT and each of them",
     "doctor": "say which backends and attention kernels work here, and why others do not",
     "bench": "time the ops beside their peers, print the tables, draw the roofline",
 }

@@ -57,7 +57,7 @@ def merge(
         eta: LITI steps from init toward the merge.
         method: slerp of the task vectors, or their mean (lerp).
         granularity: what shares one angle.
-        dtype: of the output; default that of init.
+        dtype: of the output (default: that of init).
         dry_run: say what would be done and stop.
         backend: auto, reference or cpp.
     """

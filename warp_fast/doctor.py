@@ -82,7 +82,6 @@ def attention_rows() -> list[Row]:
     for name, module, what in (
         ("flash_attention_2", "flash_attn", "any softcap, head sizes up to 256"),
         ("flash_attention_3", "flash_attn_interface", "Hopper"),
-        ("xformers", "xformers", "no softcap: not for Gemma 2"),
     ):
         found = importlib.util.find_spec(module) is not None
         reason = what if found and cuda else "there is no CUDA device" if found else None

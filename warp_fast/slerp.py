@@ -200,7 +200,9 @@ def _merge(
     merged = results if several else results[0]
     if not return_report:
         return merged
-    return merged, SlerpReport(layout.names, products, coefficients.to(products.device))
+    return merged, SlerpReport(
+        layout.names, products, coefficients.to(products.device, non_blocking=True)
+    )
 
 
 def _finite_etas(eta: Any) -> tuple[list[float], bool]:

@@ -20,7 +20,7 @@ class WarpConfig:
             f(prompts, completions, **columns) -> list of floats, or a directory or hub id of a
             sequence-classification model.
         output: directory of the run; the same command started again goes on where it stopped
-            (micro_batch_size and save_every may be others).
+            (micro_batch_size and save_every may change).
         held_out_reward: a second reward that is never trained on, reported beside the first.
         eval_prompts: prompts of the evaluation (default: those of training).
         iterations: I, how often the M runs are merged.
@@ -28,7 +28,7 @@ class WarpConfig:
         steps: T, optimizer steps of a run; one number, or one per iteration.
         beta: strength of the KL penalty toward the anchor.
         ema_rate: mu, rate of the EMA anchor; 0 keeps the anchor at the start of the run.
-        eta: LITI step from an iteration's start toward its merge, the start of the next.
+        eta: LITI step: how far the next start lies from this iteration's start toward its merge.
         merge: how the M task vectors are merged.
         granularity: tensors that share one SLERP angle.
         sweep: values of eta evaluated from SFT toward the merge of each iteration; the front.
@@ -36,9 +36,9 @@ class WarpConfig:
         kl: KL term of the loss, see warp_fast.warp_loss; "reward" is the paper's.
         baseline: subtracted from the rewards of the batch.
         length_penalty: reward lost per completion token.
-        learning_rate: of Adam, after the warm-up.
+        learning_rate: of AdamW, after the warm-up.
         warmup_steps: linear warm-up of the learning rate.
-        adam_betas: of Adam.
+        adam_betas: betas of AdamW.
         weight_decay: decoupled, as in AdamW.
         max_grad_norm: gradients are clipped to this norm.
         batch_size: completions per step.
@@ -47,10 +47,10 @@ class WarpConfig:
         temperature: of sampling, and of the log-probabilities of policy and anchor alike.
         max_new_tokens: longest completion.
         eval_samples: completions per evaluated policy.
-        eval_batch_size: of them sampled at a time (default: the batch).
+        eval_batch_size: completions sampled at a time in evaluation (default: the batch).
         eval_every: evaluate the policy in training every so many steps; 0 never does.
         save_every: write a checkpoint every so many steps.
-        seed: of the prompt order and of sampling.
+        seed: seed of the prompt order and of sampling.
         device: "auto" is cuda where present.
         compute_dtype: of the forward and backward pass; weights and optimizer are float32; "auto"
             is bfloat16 on cuda, float32 on cpu.
