@@ -328,11 +328,13 @@ class Options:
 
 def parse(description: str, given: Sequence[str] | None = None) -> Options:
     """Read the options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=as_written)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--rounds", type=int, help="times per provider")
-    parser.add_argument("--threads", type=int, help="CPU threads; default what torch takes")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: those that torch takes")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"where to measure; default {default}")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where results are written")
     parser.add_argument(
         "--mergekit-python",
@@ -342,6 +344,8 @@ def parse(description: str, given: Sequence[str] | None = None) -> Options:
     parser.add_argument("--only", default="", help="regular expression that picks among the cases")
     parser.add_argument("--directory", type=Path, help="where bench_merge keeps its checkpoints")
     read = parser.parse_args(given)
+    if read.only and read.output == RESULTS:
+        parser.error(f"--only would overwrite the results of all cases in {RESULTS}: give --output")
     if read.threads:
         torch.set_num_threads(read.threads)
     scale = QUICK if read.quick else FULL

@@ -371,3 +371,12 @@ def test_what_the_host_takes_is_a_column_of_its_own() -> None:
     assert "host ms" not in rows(group)[0]
     result.host_seconds = 2.5e-3
     assert rows(group)[0]["host ms"] == "2.50"
+
+
+def test_some_cases_do_not_overwrite_the_results_of_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("", ["--only", "bfloat16"])
+    assert "--only would overwrite the results of all" in capsys.readouterr().err
+    assert parse("", ["--only", "bfloat16", "--output", str(tmp_path)]).only == "bfloat16"

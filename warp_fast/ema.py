@@ -1,4 +1,4 @@
-"""The in-place EMA update, and the EMA anchor of a policy built on it."""
+"""The in-place EMA update; the anchor of a policy that is built on it is in anchor.py."""
 
 from __future__ import annotations
 

@@ -14,12 +14,10 @@ _MAX_LABELS = 24  # on the axis of segments; more are thinned out
 
 def draw_angles(report: MergeReport) -> bytes:
     """Draw a PNG: above the angles in degrees, below the norms relative to policy 1."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     width = min(max(7.0, 0.28 * len(report.segments)), 16.0)
     figure = Figure(figsize=(width, 6.0), layout="constrained")
-    FigureCanvasAgg(figure)
     angles, ratios = figure.subplots(2, 1, sharex=True)
     _draw_angles(angles, report)
     _draw_ratios(ratios, report)

@@ -31,7 +31,7 @@ def staged(output: Path) -> Iterator[Path]:
             yield aside
             sync(aside)
             os.rename(aside, final)
-            _sync_entries(final.parent)
+            sync_entries(final.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -89,13 +89,14 @@ def _clear(directory: Path) -> None:
             path.unlink()
 
 
-def sync(directory: Path) -> None:
-    """Wait until all that lies in a directory is on the disk."""
-    for path in [directory, *directory.rglob("*")]:
-        _sync_entries(path)
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory with all that lies in it, is on the disk."""
+    for each in [path, *path.rglob("*")]:
+        sync_entries(each)
 
 
-def _sync_entries(path: Path) -> None:
+def sync_entries(path: Path) -> None:
+    """Of a directory its list of names, of a file what it holds."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from warp_fast.merge.write import sync, sync_entries
+
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
@@ -22,11 +24,11 @@ def replaced(path: Path) -> Iterator[Path]:
     remove(aside)
     try:
         yield aside
-        _sync(aside)
+        sync(aside)
         if path.is_dir():
             remove(path)
         os.replace(aside, path)
-        _sync_entry(path.parent)
+        sync_entries(path.parent)
     except BaseException:
         remove(aside)
         raise
@@ -38,23 +40,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    for file in files:
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-    if path.is_dir():
-        _sync_entry(path)
-
-
-def _sync_entry(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -30,14 +30,15 @@ def plot_front(
         compared: further policies by label, drawn as single points; keys of an Evaluation.
         best: the policies of most reward at their KL, drawn as a line.
     """
-    figure_module = _pyplot()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     held_out = any(p.held_out == p.held_out for p in points)
     panels = [("reward", "reward (trained on)")] + [("held_out", "held-out reward")] * held_out
-    figure, axes = figure_module.subplots(
-        1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     names = list(dict.fromkeys(p.policy for p in points))
-    colors = figure_module.get_cmap("viridis")
+    colors = matplotlib.colormaps["viridis"]
     for axis, (key, label) in zip(axes[0], panels, strict=True):
         for i, name in enumerate(names):
             row = [vars(p) for p in points if p.policy == name]
@@ -63,7 +64,6 @@ def plot_front(
     figure.suptitle("KL-reward front (bars: 95 % intervals)")
     with replaced(path) as aside:
         figure.savefig(aside, dpi=150, format="png")
-    figure_module.close(figure)
 
 
 def _root(values: Any) -> Any:
@@ -107,8 +107,10 @@ def plot_angles(path: Path, reports: Sequence[Mapping[str, Any]]) -> None:
         path: of the .png.
         reports: merge report of each iteration, with `segments` holding "angles" in degrees.
     """
-    figure_module = _pyplot()
-    figure, axis = figure_module.subplots(figsize=(6.4, 4.0), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axis = figure.subplots()
     bins = list(range(0, 181, 5))
     for i, report in enumerate(reports, 1):
         angles = [a for segment in report["segments"] for a in segment["angles"] if a == a]
@@ -121,13 +123,3 @@ def plot_angles(path: Path, reports: Sequence[Mapping[str, Any]]) -> None:
     figure.suptitle("Angles between runs")
     with replaced(path) as aside:
         figure.savefig(aside, dpi=150, format="png")
-    figure_module.close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,11 +75,9 @@ class Policy:
         states: Tensor = output.last_hidden_state[:, -last - 1 : -1]
         return states
 
-    def save(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+    def save(self, directory: Path) -> None:
         """Write a Hugging Face directory, whole or not at all."""
         model = self.model
-        if dtype != torch.float32:
-            model = copy.deepcopy(model).to(dtype)
         with replaced(directory) as aside:
             ours, model.generation_config = model.generation_config, self.generation_config
             try:
@@ -118,7 +115,7 @@ def load_model(source: str, attention: str) -> Any:
         raise ValueError(f"policy {source!r} holds a corrupt checkpoint: {error}") from error
 
 
-def load_policy(config: WarpConfig, source: str | None = None) -> Policy:
+def load_policy(config: WarpConfig) -> Policy:
     """Load the policy of a config and check that it can be trained.
 
     Raises:
@@ -127,8 +124,7 @@ def load_policy(config: WarpConfig, source: str | None = None) -> Policy:
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    source = source or config.policy
-    device = _device_of(config.device)
+    source, device = config.policy, _device_of(config.device)
     try:
         settings = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
