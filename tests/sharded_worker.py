@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from warp_fast import EMAAnchor, FlatParameters, ema_update_, gram, lerp, slerp
@@ -153,6 +153,15 @@ def anchor_follows_fsdp2(mesh: Any) -> None:
     raises("module must have the policy's parameters", EMAAnchor, plain, module=nn.Linear(3, 3))
 
 
+def anchor_of_fsdp1() -> None:
+    cpu = torch.device("cpu")
+    policy, module = (FullyShardedDataParallel(build(), device_id=cpu) for _ in range(2))
+    raises("give module=", EMAAnchor, policy)
+    anchor = EMAAnchor(policy, rate=0.2, storage="fp32", module=module)
+    with contextlib.ExitStack() as stack:
+        raises("cannot be swapped", stack.enter_context, anchor.swapped())
+
+
 def main() -> None:
     """Run all checks; an assertion ends the process, and torchrun tells."""
     dist.init_process_group("gloo")
@@ -164,6 +173,7 @@ def main() -> None:
     for storage in ("fp32", "split", "stochastic"):
         ema_equals_unsharded(mesh, storage)
     anchor_follows_fsdp2(mesh)
+    anchor_of_fsdp1()
     dist.destroy_process_group()
     print("every check passed")
 

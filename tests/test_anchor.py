@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from warp_fast import EMAAnchor
 
@@ -248,6 +248,27 @@ def test_swapped_policy_has_the_averages_and_then_its_own(storage: Any, dtype: t
         raise RuntimeError("evaluation failed")
     for name, tensor in policy.state_dict().items():
         assert torch.equal(tensor, own[name])
+
+
+@pytest.mark.parametrize("first", ["policy", "anchor"])
+def test_autocast_keeps_no_weights_over_a_swap(first: str) -> None:
+    """It caches the casts of a parameter, whose place then has other weights."""
+    policy, x = nn.Linear(3, 3), torch.ones(2, 3)
+    anchor = EMAAnchor(policy, 0.25, "fp32")
+    move(policy, 1.0)
+
+    def swapped() -> Tensor:
+        with anchor.swapped() as of_anchor:
+            found: Tensor = of_anchor(x)
+        return found
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = policy(x).detach(), anchor.module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        calls = [lambda: policy(x), swapped]
+        found = [call() for call in (calls if first == "policy" else calls[::-1])]
+    for made, right in zip(found if first == "policy" else found[::-1], expected, strict=True):
+        assert torch.equal(made, right)
 
 
 @pytest.mark.gpu

@@ -28,6 +28,22 @@ def test_another_layer_is_noticed(change: str) -> None:
             call()
 
 
+@pytest.mark.parametrize("call", ["update", "reset_", "swapped"])
+def test_nothing_moves_while_the_weights_are_swapped(call: str) -> None:
+    policy = nn.Linear(3, 3)
+    anchor = EMAAnchor(policy, 0.5)
+    move(policy, 1.0)
+    own, before = policy.weight.clone(), anchor.averaged_state_dict()["weight"]
+    with anchor.swapped():
+        with pytest.raises(RuntimeError, match=r"leave swapped\(\) before that"):
+            made = getattr(anchor, call)()
+            made.__enter__()
+        assert torch.equal(policy.weight, before)
+    assert torch.equal(policy.weight, own) and anchor.step == 0
+    assert torch.equal(anchor.averaged_state_dict()["weight"], before)
+    anchor.update()
+
+
 def test_a_layer_may_be_wrapped_and_an_anchor_copied() -> None:
     policy = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     anchor = EMAAnchor(policy, 1.0, "fp32")

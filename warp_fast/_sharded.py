@@ -20,6 +20,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def holds_fsdp1(module: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel is in it, which keeps parameters in places of its own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrapper = getattr(fsdp, "FullyShardedDataParallel", None)
+    return wrapper is not None and any(isinstance(part, wrapper) for part in module.modules())
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     if not is_sharded(tensor):

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from warp_fast._overlap import is_apart
-from warp_fast._sharded import check_layout, gatherers, is_sharded, local, with_local
+from warp_fast._sharded import (
+    check_layout,
+    gatherers,
+    holds_fsdp1,
+    is_sharded,
+    local,
+    with_local,
+)
 from warp_fast.ema import check_rate, counter, ema_update_
 from warp_fast.reference.ema import join_float32, split_float32
 
@@ -71,6 +78,11 @@ class EMAAnchor:
             raise ValueError(
                 "policy must be what DistributedDataParallel wraps; pass policy.module"
             )
+        if module is None and holds_fsdp1(policy):
+            raise ValueError(
+                "what FullyShardedDataParallel wraps cannot be copied; give module=, built and "
+                "wrapped like the policy"
+            )
         self.policy = policy
         self.rate = rate
         self.storage = storage
@@ -92,6 +104,7 @@ class EMAAnchor:
         self._dtypes = list(dtypes.values())
         self._placed = _parameters(policy)
         self._gatherers = gatherers(self.module)
+        self._is_swapped = False
         self.reset_()
 
     def update(self, stream: torch.cuda.Stream | None = None) -> None:
@@ -109,6 +122,8 @@ class EMAAnchor:
 
     def _check(self) -> None:
         """Policy and anchor are as they were when the anchor was made."""
+        if self._is_swapped:
+            raise RuntimeError("the policy has the anchor's weights; leave swapped() before that")
         frozen = {n: p for n, p in self._known.items() if n not in self._averages}
         if thawed := [name for name, p in frozen.items() if p.requires_grad]:
             raise ValueError(
@@ -156,18 +171,22 @@ class EMAAnchor:
         No copy where policy and average have one dtype. Do not train inside. Raises ValueError for
         a sharded policy: evaluate `module` instead.
         """
-        if any(is_sharded(source) for source in self._sources):
+        if holds_fsdp1(self.policy) or any(is_sharded(source) for source in self._sources):
             raise ValueError("a sharded policy cannot be swapped; evaluate anchor.module instead")
         self._check()
         own = [source.data for source in self._sources]
         try:
+            self._is_swapped = True
             for source, (name, average) in zip(self._sources, self._averages.items(), strict=True):
                 alike = average.dtype == source.dtype
                 source.data = average.data if alike else self._exact(name).to(source.dtype)
+            torch.clear_autocast_cache()  # of the casts of other weights
             yield self.policy
         finally:
             for source, data in zip(self._sources, own, strict=True):
                 source.data = data
+            torch.clear_autocast_cache()
+            self._is_swapped = False
 
     @torch.no_grad()
     def reset_(self) -> None:
