@@ -218,12 +218,24 @@ def test_vocabulary_mismatch_names_both_sizes(checkpoints: Any, name: str) -> No
     _refused(init, policy, f"vocabulary of 98 rows in {name}, but 97 in init")
 
 
+def test_a_tilde_is_the_home(
+    saved: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves one alone that comes after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    init, policy = ("~" / path.relative_to(tmp_path) for path in saved)
+    merge_checkpoints(init, [str(policy)], "~/merged", progress=False)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
 def test_names_and_shapes(checkpoints: Any) -> None:
     init = checkpoints.save("init", {"a.weight": torch.zeros(2, 3), "b": torch.zeros(2)})
     for name, weights, match in (
-        ("lacks", {"a.weight": torch.zeros(2, 3)}, "lacks 1 tensors.*: b"),
+        ("lacks", {"a.weight": torch.zeros(2, 3)}, r"lacks 1 tensor \(b\)$"),
         ("more", {**{"a.weight": torch.zeros(2, 3)}, "b": torch.zeros(2), "c": torch.ones(1)},
-         "has unknown 1 tensors.*: c"),
+         r"has unknown 1 tensor \(c\)$"),
+        ("prefixed", {"a.weight": torch.zeros(2, 3), "base.b": torch.zeros(2)},
+         r"lacks 1 tensor \(b\) and has unknown 1 tensor \(base.b\)"),
         ("shape", {"a.weight": torch.zeros(3, 2), "b": torch.zeros(2)}, r"\[3, 2\], but \[2, 3\]"),
         ("kind", {"a.weight": torch.zeros(2, 3), "b": torch.zeros(2).int()}, "b is torch.int32"),
     ):  # fmt: skip

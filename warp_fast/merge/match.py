@@ -29,16 +29,20 @@ def tied_heads(init: Checkpoint, policies: list[Checkpoint]) -> set[str]:
 def check_match(init: Checkpoint, policy: Checkpoint, names: list[str], tied: set[str]) -> None:
     """A policy must have the tensors of init; a head that init ties may be there or not."""
     expected, found = set(names), policy.entries.keys() - tied
-    for what, odd in (("lacks", expected - found), ("has unknown", found - expected)):
-        if odd:
-            some = ", ".join(sorted(odd)[:5]) + (", ..." if len(odd) > 5 else "")
-            raise CheckpointError(f"{policy} {what} {len(odd)} tensors, compared to init: {some}")
+    odd = {"lacks": expected - found, "has unknown": found - expected}
+    if faults := [f"{what} {_some(names)}" for what, names in odd.items() if names]:
+        raise CheckpointError(f"{policy}, compared to init, {' and '.join(faults)}")
     for name in names:
         ours, theirs = init.entries[name], policy.entries[name]
         if ours.shape != theirs.shape:
             raise CheckpointError(f"{policy}: {_shape_fault(name, ours.shape, theirs.shape)}")
         if (ours.dtype in FLOATING) != (theirs.dtype in FLOATING):
             raise CheckpointError(f"{policy}: {name} is {theirs.dtype}, but {ours.dtype} in init")
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown})"
 
 
 def _shape_fault(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:

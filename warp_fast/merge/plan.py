@@ -104,6 +104,11 @@ class MergePlan:
         ]
 
 
+def _path(given: str | Path) -> Path:
+    """With ~ as the home, which a shell leaves alone after `--output=`."""
+    return Path(os.path.expanduser(given))
+
+
 def plan_merge(
     init: str | Path,
     policies: Iterable[str | Path],
@@ -122,8 +127,8 @@ def plan_merge(
     """
     policies = _listed(policies)
     etas = _checked(method, granularity, eta, dtype)
-    start = open_checkpoint(Path(init), "init")
-    ends = [open_checkpoint(Path(p), f"policy {m}") for m, p in enumerate(policies, 1)]
+    start = open_checkpoint(_path(init), "init")
+    ends = [open_checkpoint(_path(p), f"policy {m}") for m, p in enumerate(policies, 1)]
     tied = tied_heads(start, ends)
     names = [name for name in start.names if name not in tied]
     for end in ends:
@@ -132,7 +137,7 @@ def plan_merge(
     floating = [n for n in names if start.entries[n].dtype in FLOATING]
     dtypes = {n: OUT_DTYPES[dtype] if dtype else start.entries[n].dtype for n in floating}
     shapes = [(n, dtypes.get(n, start.entries[n].dtype), start.entries[n].shape) for n in names]
-    target = Path(output)
+    target = _path(output)
     plan = MergePlan(
         init=start,
         policies=ends,
