@@ -261,12 +261,31 @@ def test_masked_tokens_may_hold_anything(kl: str, form: str, backend: str) -> No
 @every_kl
 def test_all_masked(kl: str, form: str, backend: str) -> None:
     """0, and gradients of 0 that exist, so that every rank of a job can go backward."""
-    for normalizer in ("sequence", "token"):
+    for normalizer in ("sequence", "token", 0.0, torch.tensor(0)):
         given = arguments(form, B, T)
         options = {"normalizer": normalizer, "mask": torch.zeros(B, T), "backend": backend}
         result = loss_of(given, kl=kl, return_entropy=True, **options)
         assert not any(value.any() for value in result)
         assert not any(gradient.any() for gradient in gradients(given, result.loss))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_normalizer_of_0_in_a_trace_gives_0_where_nothing_counts(in_place: bool) -> None:
+    """Nobody looks at its value there."""
+
+    def step(logits: Tensor, mask: Tensor) -> Tensor:
+        loss = warp_fast.warp_loss(
+            logits, ids, torch.ones(B), mask=mask, kl="none", normalizer=mask.sum(),
+            in_place=in_place,
+        ).loss  # fmt: skip
+        return loss
+
+    ids = torch.zeros(B, T, dtype=torch.long)
+    run = step if in_place else torch.compile(step, fullgraph=True, backend="aot_eager")
+    leaf = torch.randn(B, T, 7, requires_grad=True)
+    loss: Any = run(leaf * 1, torch.zeros(B, T))
+    loss.backward()
+    assert loss == 0 and leaf.grad is not None and not leaf.grad.any()
 
 
 @served

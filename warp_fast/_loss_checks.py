@@ -351,20 +351,24 @@ def _clip_bounds(clip_range: float | tuple[float, float] | None) -> tuple[float,
     return float(pair[0]), float(pair[1])
 
 
-def normalizer(given: str | float | Tensor) -> None:
-    """Z is a known name, a positive number, or a 0-dim tensor."""
+def normalizer(given: str | float | Tensor, mask: Tensor) -> None:
+    """Z is a known name, a positive number, or a 0-dim tensor; 0 for a batch without tokens."""
     if isinstance(given, Tensor):
         if given.dim() != 0 or given.dtype.is_complex:
             raise ValueError(
                 f"a tensor normalizer must be 0-dim and real; got {tuple(given.shape)} "
                 f"{given.dtype}"
             )
-        if can_look(given) and not 0 < given < math.inf:
-            raise ValueError(f"normalizer must be positive and finite; got {given}")
+        if not can_look(given):
+            return
     elif isinstance(given, str):
         if given not in ("sequence", "token"):
             raise ValueError(
                 f"normalizer must be 'sequence', 'token' or a positive number; got {given!r}"
             )
-    elif not 0 < number("normalizer", given) < math.inf:
+        return
+    value = given.item() if isinstance(given, Tensor) else number("normalizer", given)
+    if value == 0 and can_look(mask) and not mask.any():
+        return
+    if not 0 < value < math.inf:
         raise ValueError(f"normalizer must be positive and finite; got {given}")

@@ -144,14 +144,17 @@ def divergence(stats: Stats, kl: str) -> Tensor:
 
 
 def normalizer_of(rows: Rows, given: str | float | Tensor, dtype: torch.dtype) -> Tensor | float:
-    """Z. Numbers stay numbers: a trace would be tied to the value of one that is made a tensor."""
+    """Z; 1 in the place of 0, for a batch without tokens.
+
+    Numbers stay numbers: a trace would be tied to the value of one that is made a tensor.
+    """
     if isinstance(given, Tensor):
-        return given.detach().to(dtype)
+        return torch.where(rows.mask.any(), given.detach().to(dtype), 1)
     if given == "token":
         return rows.mask.sum().clamp(min=1).to(dtype)
     if given == "sequence":
         return max(1, rows.count)
-    return float(given)
+    return float(given) or 1.0
 
 
 def _coefficients(rows: Rows, difference: Tensor, terms: Terms) -> Tensor:

@@ -176,7 +176,7 @@ def warp_loss(
         old_logprobs: [B, T] or [N], of the policy that sampled.
         clip_range: one number or (low, high); needs old_logprobs.
         normalizer: Z; "sequence" (B), "token" (mask sum), or a number or 0-dim tensor, such as a
-            count over all ranks and accumulation steps.
+            count over all ranks and accumulation steps; 0 if nothing counts, and the loss is 0.
         return_entropy: also return the entropy per token.
         in_place: make the gradient now and write it over the logits, which are lost (later reads
             find the gradient): no second [N, V] in memory. For one loss per tensor of logits, not
@@ -213,7 +213,7 @@ def warp_loss(
         rows, advantages, anchor_logits is not None, anchor_logprobs, old_logprobs, beta, kl,
         clip_range,
     )  # fmt: skip
-    checks.normalizer(normalizer)
+    checks.normalizer(normalizer, rows.mask)
     backend = resolve("loss", backend, logits.device)
     anchor = None if anchor_logits is None else rows_of(anchor_logits.detach())
     if in_place and logits.requires_grad and torch.is_grad_enabled():
@@ -304,7 +304,7 @@ def linear_warp_loss(
         rows, advantages, anchor_hidden is not None, anchor_logprobs, old_logprobs, beta, kl,
         clip_range,
     )  # fmt: skip
-    checks.normalizer(normalizer)
+    checks.normalizer(normalizer, rows.mask)
     make = torch.is_grad_enabled() and not low_memory
     op = _loss_ops.LINEAR_LOSS[resolve("linear_loss", backend, hidden.device)]
     total, *stats = op(
