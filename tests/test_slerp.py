@@ -304,3 +304,51 @@ def test_same_bits_for_any_number_of_threads(backend: str, dtype: torch.dtype) -
         results.append((merged, gram(init, policies, backend=backend)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# --- tied weights --------------------------------------------------------------------------------
+
+
+def tied_family() -> tuple[Weights, list[Weights]]:
+    """A head that is the embedding, as in the state dict of a tied model."""
+    init, policies = family(3, FP32, FP32)
+    for weights in (init, *policies):
+        weights["head"] = weights["a.weight"].detach()
+    return init, policies
+
+
+@every_backend
+@pytest.mark.parametrize("merge", [slerp, lerp])
+def test_tied_tensors_count_once_and_stay_tied(merge: Any, backend: str) -> None:
+    init, policies = tied_family()
+    groups = {"all": list(init)}
+    merged, report = merge(init, policies, segments=groups, return_report=True, backend=backend)
+    assert list(merged) == list(init) and merged["head"] is merged["a.weight"]
+    for weights in (init, *policies):
+        del weights["head"]
+    expected, alone = merge(
+        init, policies, segments=[list(init)], return_report=True, backend=backend
+    )
+    assert torch.equal(report.gram, alone.gram)
+    for name, tensor in expected.items():
+        assert torch.equal(merged[name], tensor)
+
+
+def test_tied_tensors_are_written_under_every_name() -> None:
+    init, policies = tied_family()
+    expected = slerp(init, policies)
+    apart = {name: torch.zeros_like(tensor) for name, tensor in init.items()}
+    assert slerp(init, policies, out=apart) is apart
+    assert torch.equal(apart["head"], expected["head"]) and apart["head"] is not apart["a.weight"]
+    wrong = {**apart, "head": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"out 0, head: must be \(33, 16\)"):
+        slerp(init, policies, out=wrong)
+    assert slerp(init, policies, out=init) is init  # tied, it overlaps nothing but itself
+    assert torch.equal(init["head"], expected["head"])
+
+
+def test_tensors_that_one_policy_has_apart_are_merged_apart() -> None:
+    init, policies = tied_family()
+    policies[1]["head"] = policies[1]["head"] + 1
+    merged, report = slerp(init, policies, return_report=True)
+    assert report.segments == list(init) and not torch.equal(merged["head"], merged["a.weight"])

@@ -87,7 +87,8 @@ def test_parameters_are_merged_outside_the_graph(backend: str) -> None:
 
 def test_new_weights_are_poisoned_in_tests() -> None:
     """What conftest promises: memory that no op writes is NaN."""
-    assert _weights.empty_like(torch.zeros(3)).isnan().all()
+    init = torch.zeros(3)
+    assert _weights.empty_like(_weights.layout_of(init, [init], None), init).isnan().all()
 
 
 # --- out -----------------------------------------------------------------------------------------

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from warp_fast import _sharded
-from warp_fast.flat import Segment
+from warp_fast.flat import Segment, place_of
 from warp_fast.kernels._table import CODE
 from warp_fast.native.slerp import fresh_like
 
@@ -22,13 +23,15 @@ Weights = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 class Layout:
     """T tensors in S segments: `segment[t]` is the segment of tensor t, `names[s]` its name.
 
-    `keys` are the dict keys, `ranges` the (start, stop) of a flat tensor; else None.
+    `keys` are the dict keys, `ranges` the (start, stop) of a flat tensor; else None. `tied` says
+    of which key in `keys` a key that is not there has the tensor.
     """
 
     segment: list[int]
     names: list[str]
     keys: list[str] | None = None
     ranges: list[tuple[int, int]] | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def tensors(self, weights: Any) -> list[Tensor]:
         """The T tensors of `weights`, as views."""
@@ -37,6 +40,10 @@ class Layout:
         if self.keys is not None:
             return [weights[key] for key in self.keys]
         return [weights] if isinstance(weights, Tensor) else list(weights)
+
+    def other_names(self, weights: Any) -> list[Tensor]:
+        """What `weights` have under the names that are tied to others."""
+        return [weights[key] for key in self.tied]
 
 
 def _check_tensors(role: str, weights: Any) -> None:
@@ -53,8 +60,51 @@ def _check_tensors(role: str, weights: Any) -> None:
     raise TypeError(f"{role} must be a tensor, or a list or dict of tensors; got {came}")
 
 
-def layout_of(init: Weights, segments: Any) -> Layout:
-    """Read the form of `init` and the meaning of `segments`; raises on what does not fit it."""
+def layout_of(init: Weights, policies: Any, segments: Any) -> Layout:
+    """Read the form of `init` and the meaning of `segments`; raises on what does not fit it.
+
+    Of names that have one tensor in init and in every policy, the first stands for all.
+    """
+    layout = _layout_of(init, segments)
+    if not isinstance(init, Mapping) or not (tied := _tied(init, policies)):
+        return layout
+    keys, segment = layout.keys or [], layout.segment
+    kept = [(key, s) for key, s in zip(keys, segment, strict=True) if key not in tied]
+    used = sorted({s for _, s in kept})
+    return replace(
+        layout,
+        segment=[used.index(s) for _, s in kept],
+        names=[layout.names[s] for s in used],
+        keys=[key for key, _ in kept],
+        tied=tied,
+    )
+
+
+def _tied(init: Mapping[str, Tensor], policies: Any) -> dict[str, str]:
+    """Names of a tensor that has another one, with that; a trace knows no addresses."""
+    if torch.compiler.is_compiling() or any(map(_sharded.is_sharded, init.values())):
+        return {}
+    first: dict[Any, str] = {}
+    found = {}
+    for key, tensor in init.items():
+        known = first.setdefault(place_of(tensor), key)
+        if known != key:
+            found[key] = known
+    everyone = list(policies) if found and isinstance(policies, Sequence) else []
+    return {
+        name: known
+        for name, known in found.items()
+        if everyone and all(_has_tied(policy, name, known) for policy in everyone)
+    }
+
+
+def _has_tied(policy: Any, name: str, known: str) -> bool:
+    pair = [policy.get(key) for key in (name, known)] if isinstance(policy, Mapping) else []
+    both = all(isinstance(tensor, Tensor) for tensor in pair) and bool(pair)
+    return both and len({place_of(tensor) for tensor in pair}) == 1
+
+
+def _layout_of(init: Weights, segments: Any) -> Layout:
     _check_tensors("init", init)
     if isinstance(init, Tensor):
         if segments is None:
@@ -144,8 +194,11 @@ def matched(
     for m, policy in enumerate(policies):
         _check_tensors(f"{role} {m}", policy)
         _check_form(f"{role} {m}", init, policy)
-        theirs, where = layout.tensors(policy), layout.keys or layout.names
-        for t, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        theirs, where = layout.tensors(policy), [*(layout.keys or layout.names), *layout.tied]
+        pairs = zip(
+            [*ours, *layout.other_names(init)], [*theirs, *layout.other_names(policy)], strict=True
+        )
+        for t, (a, b) in enumerate(pairs):
             if a.shape != b.shape or a.device != b.device:
                 raise ValueError(
                     f"{role} {m}, {where[t]}: must be {tuple(a.shape)} on {a.device} like init; "
@@ -182,13 +235,22 @@ def _check_form(which: str, init: Any, policy: Any) -> None:
         raise ValueError(f"{which} must hold {len(init)} tensors like init; got {len(policy)}")
 
 
-def empty_like(init: Any) -> Any:
-    """New weights of the form of init."""
+def empty_like(layout: Layout, init: Any) -> Any:
+    """New weights of the form of init, tied as the layout says."""
     if isinstance(init, Tensor):
         return fresh_like(init)
     if isinstance(init, Mapping):
-        return {key: fresh_like(tensor) for key, tensor in init.items()}
+        tied = layout.tied
+        found = {key: fresh_like(tensor) for key, tensor in init.items() if key not in tied}
+        return {key: found[tied.get(key, key)] for key in init}
     return [fresh_like(tensor) for tensor in init]
+
+
+def copy_tied(layout: Layout, result: Any) -> None:
+    """Give tied names the merged tensor, where they have another."""
+    for name, known in layout.tied.items():
+        if place_of(result[name]) != place_of(result[known]):
+            result[name].copy_(result[known])
 
 
 def copy_gaps(layout: Layout, init: Any, result: Any) -> None:

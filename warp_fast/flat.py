@@ -137,12 +137,16 @@ def _named_tensors(
     return pairs
 
 
+def place_of(tensor: Tensor) -> object:
+    """What is equal for tensors that hold the same elements; of no others, nor of none at all."""
+    if tensor.numel() == 0 or tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+        return object()
+    return tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride(), tensor.dtype
+
+
 def _group_tied(pairs: list[tuple[str, Tensor]]) -> list[tuple[tuple[str, ...], Tensor]]:
     """Join names that hold the same elements (same memory, shape, strides and dtype)."""
     tied: dict[object, tuple[list[str], Tensor]] = {}
     for name, tensor in pairs:
-        key: object = name
-        if tensor.numel() > 0 and not tensor.is_meta:
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        tied.setdefault(key, ([], tensor))[0].append(name)
+        tied.setdefault(place_of(tensor), ([], tensor))[0].append(name)
     return [(tuple(names), tensor) for names, tensor in tied.values()]

@@ -50,7 +50,7 @@ def gram(
     Numerics: differences in fp32 (exact for bf16 weights of like size), sums in fp64,
         deterministic.
     """
-    layout = _weights.layout_of(init, segments)
+    layout = _weights.layout_of(init, policies, segments)
     return _gram(layout, layout.tensors(init), _weights.matched(layout, init, policies), backend)
 
 
@@ -119,7 +119,8 @@ def slerp(
         segments: what shares one angle. For a flat tensor: (start, stop) pairs or
             `FlatParameters.segments` (elements outside them keep the value of init); None is one
             segment. For a dict: groups of names (a list of lists, or a dict of lists); None is one
-            segment per tensor. A list has one per tensor.
+            segment per tensor. A list has one per tensor. Of names in a dict that are tied in init
+            and in every policy the first counts, and the results are tied.
         eta: LITI step, finite; 0 is init, 1 the merge, above 1 extrapolates. A sequence gives a
             list of results from the same two passes.
         out: where to write, of the form of the result; may be init itself for one eta.
@@ -172,7 +173,7 @@ def _merge(
     return_report: bool,
     backend: str,
 ) -> Any:
-    layout = _weights.layout_of(init, segments)
+    layout = _weights.layout_of(init, policies, segments)
     ends = _weights.matched(layout, init, policies)
     starts = layout.tensors(init)
     etas, several = _finite_etas(eta)
@@ -197,6 +198,7 @@ def _merge(
         _ops.SLERP_APPLY[backend](*shards, scaled(coefficients, etas), layout.segment)
     for result in results:
         _weights.copy_gaps(layout, init, result)
+        _weights.copy_tied(layout, result)
     merged = results if several else results[0]
     if not return_report:
         return merged
@@ -214,7 +216,7 @@ def _finite_etas(eta: Any) -> tuple[list[float], bool]:
 
 def _outputs(layout: _weights.Layout, init: Any, out: Any, count: int, listed: bool) -> list[Any]:
     if out is None:
-        return [_weights.empty_like(init) for _ in range(count)]
+        return [_weights.empty_like(layout, init) for _ in range(count)]
     results = list(out) if listed else [out]
     if len(results) != count:
         raise ValueError(f"out must hold one result per eta ({count}); got {len(results)}")
