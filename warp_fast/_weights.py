@@ -99,9 +99,10 @@ def _tied(init: Mapping[str, Tensor], policies: Any) -> dict[str, str]:
 
 
 def _has_tied(policy: Any, name: str, known: str) -> bool:
-    pair = [policy.get(key) for key in (name, known)] if isinstance(policy, Mapping) else []
-    both = all(isinstance(tensor, Tensor) for tensor in pair) and bool(pair)
-    return both and len({place_of(tensor) for tensor in pair}) == 1
+    if not isinstance(policy, Mapping):
+        return False
+    pair = [x for x in (policy.get(name), policy.get(known)) if isinstance(x, Tensor)]
+    return len(pair) == 2 and place_of(pair[0]) == place_of(pair[1])
 
 
 def _layout_of(init: Weights, segments: Any) -> Layout:
