@@ -269,7 +269,8 @@ def linear_warp_loss(
             and "forward".
         anchor_weight: [V, D] head weight of the anchor; None means the policy's, detached (a frozen
             head).
-        low_memory: make the gradients in the backward pass, from logits made again.
+        low_memory: make the gradients in the backward pass, from logits made again. That is also
+            the faster way where a bonus of the per-token values (entropy, say) joins the loss.
         The others: as in `warp_loss`. Under torch.compile another beta compiles again.
 
     Returns, Raises: as `warp_loss`.
