@@ -33,8 +33,8 @@ from warp_fast.rl.plot import Curve, plot_front
 DIRECTORY = Path("runs/demo")
 CONFIG = Path(__file__).with_name("warp.yaml")
 SFT_STEPS = 250
-REINFORCE_BETAS = (0.3, 0.1)  # REINFORCE needs a run for each place on the front
-BUDGETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)  # KL to SFT, nats per completion
+REINFORCE_BETAS = (0.4, 0.2)  # REINFORCE needs a run for each place on the front
+BUDGETS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # KL to SFT, nats per completion
 
 
 def main() -> None:
