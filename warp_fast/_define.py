@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from warp_fast._backend import TRITON_DEVICE
+
 Kernel: TypeAlias = Callable[..., Any]
+
+# backend -> the type of device that its kernels are for; None: any
+DEVICE = {"reference": None, "triton": TRITON_DEVICE, "cpp": "cpu", "cuda": "cuda"}
 
 
 def define(name: str, schema: str, kernel: Kernel, fake: Kernel, device: str | None = None) -> Any:
@@ -21,6 +26,21 @@ def define(name: str, schema: str, kernel: Kernel, fake: Kernel, device: str | N
     torch.library.impl(qualified, device or "default", _untraced(kernel))
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.warp_fast, name).default
+
+
+def define_each(
+    name: str, schema: str, kernels: Mapping[str, Kernel], fake: Kernel | Mapping[str, Kernel]
+) -> dict[str, Any]:
+    """Register one op by backend and return the overloads by backend.
+
+    name: with {} where that of the backend goes.
+    fake: one for all, or by backend.
+    """
+    fakes = fake if isinstance(fake, Mapping) else dict.fromkeys(kernels, fake)
+    return {
+        backend: define(name.format(backend), schema, kernel, fakes[backend], DEVICE[backend])
+        for backend, kernel in kernels.items()
+    }
 
 
 def _untraced(kernel: Kernel) -> Kernel:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from warp_fast._backend import TRITON_DEVICE
-from warp_fast._define import Kernel, define, no_result, triton, written
+from warp_fast._define import Kernel, define, define_each, no_result, triton, written
 from warp_fast._loss_checks import Terms
-from warp_fast._loss_rows import STATE
 from warp_fast._objective import Rows, exact_kl_of
 from warp_fast._stats_ops import (
+    LINEAR_TOKEN_STATS_BACKWARD,
+    STATE_OF,
     Gradients,
     fake_gradients,
     gradient_dtype,
@@ -94,22 +94,21 @@ def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.made = [part.detach() if need else None for part, need in made]
 
 
-_SCALED_SCHEMA = "(Tensor values, Tensor factor, ScalarType dtype) -> Tensor"
-
-
-def _define_scaled(backend: str, kernel: Kernel, device: str | None = None) -> Any:
-    def fake(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(values, dtype=dtype, memory_format=torch.contiguous_format)
-
-    return define(f"scaled_{backend}", _SCALED_SCHEMA, kernel, fake, device)
+def _fake_scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(values, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 # values * factor, rounded once: the gradient of a weight from its sum in fp32, in one pass
-SCALED = {
-    "reference": _define_scaled("reference", reference_loss.scaled_reference),
-    "triton": _define_scaled("triton", triton("loss", "scaled_triton"), TRITON_DEVICE),
-    "cpp": _define_scaled("cpp", reference_loss.scaled_reference, "cpu"),
-}
+SCALED = define_each(
+    "scaled_{}",
+    "(Tensor values, Tensor factor, ScalarType dtype) -> Tensor",
+    {
+        "reference": reference_loss.scaled_reference,
+        "triton": triton("loss", "scaled_triton"),
+        "cpp": reference_loss.scaled_reference,
+    },
+    _fake_scaled,
+)
 
 
 def _linear_loss_autograd(backward: Any, scaled: Any) -> Kernel:
@@ -151,39 +150,33 @@ def _linear_loss_autograd(backward: Any, scaled: Any) -> Kernel:
     return gradient
 
 
-def _define_loss(backend: str, kernel: Kernel, device: str | None = None, state: int = 0) -> Any:
-    """state: as in `_define_stats`, whose backward op the gradient may need."""
-    name, fake = f"linear_loss_{backend}", _fake_linear_loss(state)
-    op = define(name, _LINEAR_LOSS_SCHEMA, _grouped(kernel), fake, device)
-    back = getattr(torch.ops.warp_fast, f"linear_token_stats_backward_{backend}").default
-    gradient = _linear_loss_autograd(back, SCALED[backend])
-    torch.library.register_autograd(op, gradient, setup_context=_save_linear_loss)
-    return op
-
-
-LINEAR_LOSS = {
-    "reference": _define_loss("reference", reference_linear_loss.linear_loss_reference),
-    "triton": _define_loss(
-        "triton", triton("linear_loss", "linear_loss_triton"), TRITON_DEVICE, STATE
-    ),
-    "cpp": _define_loss("cpp", native_linear_loss.linear_loss_cpp, "cpu", STATE),
-}
+LINEAR_LOSS = define_each(
+    "linear_loss_{}",
+    _LINEAR_LOSS_SCHEMA,
+    {
+        "reference": _grouped(reference_linear_loss.linear_loss_reference),
+        "triton": _grouped(triton("linear_loss", "linear_loss_triton")),
+        "cpp": _grouped(native_linear_loss.linear_loss_cpp),
+    },
+    {name: _fake_linear_loss(state) for name, state in STATE_OF.items()},
+)
+for _name, _op in LINEAR_LOSS.items():
+    _gradient = _linear_loss_autograd(LINEAR_TOKEN_STATS_BACKWARD[_name], SCALED[_name])
+    torch.library.register_autograd(_op, _gradient, setup_context=_save_linear_loss)
 
 # --- a loss whose gradient is there already, over the logits
 
-_SCALE_SCHEMA = "(Tensor(a!) values, Tensor factor) -> ()"
-
-
-def _define_scale(backend: str, kernel: Kernel, device: str | None = None) -> Any:
-    return define(f"scale_{backend}_", _SCALE_SCHEMA, written(kernel), no_result, device)
-
-
-SCALE = {
-    "reference": _define_scale("reference", reference_loss.scale_reference_),
-    "triton": _define_scale("triton", triton("loss", "scale_triton_"), TRITON_DEVICE),
-    "cpp": _define_scale("cpp", reference_loss.scale_reference_, "cpu"),
-    "cuda": _define_scale("cuda", native_loss_cuda.scale_cuda_, "cuda"),
-}
+SCALE = define_each(
+    "scale_{}_",
+    "(Tensor(a!) values, Tensor factor) -> ()",
+    {
+        "reference": written(reference_loss.scale_reference_),
+        "triton": written(triton("loss", "scale_triton_")),
+        "cpp": written(reference_loss.scale_reference_),
+        "cuda": written(native_loss_cuda.scale_cuda_),
+    },
+    no_result,
+)
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

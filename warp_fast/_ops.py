@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from warp_fast._backend import TRITON_DEVICE
-from warp_fast._define import Kernel, define, no_result, triton
+from warp_fast._define import Kernel, define, define_each, no_result, triton
 from warp_fast._overlap import refuse_overlap
-from warp_fast._solve import Solve, solved_and_applied, solved_on_host
+from warp_fast._solve import solved_and_applied, solved_on_host
 from warp_fast.native import ema as native_ema
 from warp_fast.native import slerp as native_slerp
 from warp_fast.reference import ema as reference_ema
@@ -39,31 +38,17 @@ def _checked_ema(kernel: Kernel) -> Kernel:
     return run
 
 
-EMA_UPDATE = {
-    "reference": define(
-        "ema_update_reference_",
-        _EMA_SCHEMA,
-        _checked_ema(reference_ema.ema_update_reference_),
-        no_result,
-    ),
-    "triton": define(
-        "ema_update_triton_",
-        _EMA_SCHEMA,
-        _checked_ema(triton("ema", "ema_update_triton_")),
-        no_result,
-        TRITON_DEVICE,
-    ),
-    "cpp": define(
-        "ema_update_cpp_", _EMA_SCHEMA, _checked_ema(native_ema.ema_update_cpp_), no_result, "cpu"
-    ),
-    "cuda": define(
-        "ema_update_cuda_",
-        _EMA_SCHEMA,
-        _checked_ema(native_ema.ema_update_cuda_),
-        no_result,
-        "cuda",
-    ),
-}
+EMA_UPDATE = define_each(
+    "ema_update_{}_",
+    _EMA_SCHEMA,
+    {
+        "reference": _checked_ema(reference_ema.ema_update_reference_),
+        "triton": _checked_ema(triton("ema", "ema_update_triton_")),
+        "cpp": _checked_ema(native_ema.ema_update_cpp_),
+        "cuda": _checked_ema(native_ema.ema_update_cuda_),
+    },
+    no_result,
+)
 
 # --- slerp -------------------------------------------------------------------------------------
 
@@ -105,44 +90,29 @@ SLERP_COEFFICIENTS = define(
     solved_on_host,
     lambda gram, names: gram.new_empty(gram.shape[:2]),
 )
-GRAM = {
-    "reference": define("gram_reference", _GRAM_SCHEMA, reference_slerp.gram_reference, _fake_gram),
-    "triton": define(
-        "gram_triton", _GRAM_SCHEMA, triton("gram", "gram_triton"), _fake_gram, TRITON_DEVICE
-    ),
-    "cpp": define("gram_cpp", _GRAM_SCHEMA, native_slerp.gram_cpp, _fake_gram, "cpu"),
-    "cuda": define("gram_cuda", _GRAM_SCHEMA, native_slerp.gram_cuda, _fake_gram, "cuda"),
+GRAM = define_each(
+    "gram_{}",
+    _GRAM_SCHEMA,
+    {
+        "reference": reference_slerp.gram_reference,
+        "triton": triton("gram", "gram_triton"),
+        "cpp": native_slerp.gram_cpp,
+        "cuda": native_slerp.gram_cuda,
+    },
+    _fake_gram,
+)
+_APPLY = {
+    "reference": _checked_apply(reference_slerp.slerp_apply_reference_),
+    "triton": _checked_apply(triton("slerp", "slerp_apply_triton_")),
+    "cpp": _checked_apply(native_slerp.slerp_apply_cpp_),
+    "cuda": _checked_apply(native_slerp.slerp_apply_cuda_),
 }
-# (solve, apply pass, device) of each backend
-_MERGES: dict[str, tuple[Solve, Kernel, str | None]] = {
-    "reference": (
-        reference_slerp.slerp_coefficients_reference,
-        _checked_apply(reference_slerp.slerp_apply_reference_),
-        None,
-    ),
-    "triton": (
-        triton("coefficients", "slerp_coefficients_triton"),
-        _checked_apply(triton("slerp", "slerp_apply_triton_")),
-        TRITON_DEVICE,
-    ),
-    "cpp": (
-        reference_slerp.slerp_coefficients_reference,
-        _checked_apply(native_slerp.slerp_apply_cpp_),
-        "cpu",
-    ),
-    "cuda": (
-        reference_slerp.slerp_coefficients_reference,
-        _checked_apply(native_slerp.slerp_apply_cuda_),
-        "cuda",
-    ),
-}
-SLERP_APPLY = {
-    name: define(f"slerp_apply_{name}_", _APPLY_SCHEMA, apply, no_result, device)
-    for name, (_, apply, device) in _MERGES.items()
-}
-SLERP = {
-    name: define(
-        f"slerp_{name}_", _SLERP_SCHEMA, solved_and_applied(solve, apply), _fake_slerp, device
-    )
-    for name, (solve, apply, device) in _MERGES.items()
-}
+_SOLVE = dict.fromkeys(_APPLY, reference_slerp.slerp_coefficients_reference)
+_SOLVE["triton"] = triton("coefficients", "slerp_coefficients_triton")
+SLERP_APPLY = define_each("slerp_apply_{}_", _APPLY_SCHEMA, _APPLY, no_result)
+SLERP = define_each(
+    "slerp_{}_",
+    _SLERP_SCHEMA,
+    {name: solved_and_applied(_SOLVE[name], apply) for name, apply in _APPLY.items()},
+    _fake_slerp,
+)

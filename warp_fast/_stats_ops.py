@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from warp_fast._backend import TRITON_DEVICE
-from warp_fast._define import Kernel, define, no_result, triton, written
+from warp_fast._define import DEVICE, Kernel, define_each, no_result, triton, written
 from warp_fast._loss_rows import STATE
 from warp_fast.native import linear_loss as native_linear_loss
 from warp_fast.native import loss as native_loss
@@ -41,8 +40,12 @@ _LINEAR_STATS_BACKWARD_SCHEMA = (
 )
 
 
+# backend -> the columns of the fp64 rows that its forward op gives to its gradient
+STATE_OF = {name: 0 if name == "reference" else STATE for name in DEVICE}
+
+
 def _fake_stats(state: int) -> Kernel:
-    """state: the columns of the last output, which the gradient takes back."""
+    """state: the columns of the last output."""
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
@@ -177,115 +180,69 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     raise NotImplementedError("the losses have a first derivative alone; got create_graph=True")
 
 
-class _Stats(NamedTuple):
-    """What the backends of an op of statistics share."""
+def _differentiate(
+    ops: Mapping[str, Any],
+    backward: Mapping[str, Any],
+    autograd: Callable[[Any], Kernel],
+    save: Kernel,
+) -> None:
+    """Register the gradient of each op by that of the same backend in `backward`."""
+    for name, op in ops.items():
+        torch.library.register_autograd(op, autograd(backward[name]), setup_context=save)
+        torch.library.register_autograd(backward[name], _no_second_derivative)
 
-    schema: str
-    backward_schema: str
-    fake_backward: Kernel
-    autograd: Callable[[Any], Kernel]
-    save: Kernel
 
-
-_STATS = {
-    "token_stats": _Stats(
-        _STATS_SCHEMA,
-        _STATS_BACKWARD_SCHEMA,
-        lambda upstream, logits, *_: torch.empty_like(logits),
-        _stats_autograd,
-        _save_stats(policy=3),
-    ),
-    "linear_token_stats": _Stats(
-        _LINEAR_STATS_SCHEMA,
-        _LINEAR_STATS_BACKWARD_SCHEMA,
-        _fake_linear_backward,
-        _linear_stats_autograd,
-        _save_stats(policy=4),
-    ),
+_STATS_FAKES = {name: _fake_stats(state) for name, state in STATE_OF.items()}
+_BACKWARD = {
+    "reference": reference_loss.token_stats_backward_reference,
+    "triton": triton("loss", "token_stats_backward_triton"),
+    "cpp": native_loss.token_stats_backward_cpp,
+    "cuda": native_loss_cuda.token_stats_backward_cuda,
 }
+TOKEN_STATS = define_each(
+    "token_stats_{}",
+    _STATS_SCHEMA,
+    {
+        "reference": _stateless(reference_loss.token_stats_reference),
+        "triton": triton("loss", "token_stats_triton"),
+        "cpp": native_loss.token_stats_cpp,
+        "cuda": native_loss_cuda.token_stats_cuda,
+    },
+    _STATS_FAKES,
+)
+TOKEN_STATS_BACKWARD = define_each(
+    "token_stats_backward_{}",
+    _STATS_BACKWARD_SCHEMA,
+    _BACKWARD,
+    lambda upstream, logits, *_: torch.empty_like(logits),
+)
+_differentiate(TOKEN_STATS, TOKEN_STATS_BACKWARD, _stats_autograd, _save_stats(policy=3))
 
-
-def _define_stats(
-    name: str,
-    backend: str,
-    forward: Kernel,
-    backward: Kernel,
-    device: str | None = None,
-    state: int = 0,
-) -> Any:
-    """Register the op of one backend with its gradient.
-
-    state: the columns of the fp64 rows that `forward` returns last and `backward` takes last; 0
-    where they have none.
-    """
-    shared = _STATS[name]
-    if not state:
-        forward = _stateless(forward)
-    op = define(f"{name}_{backend}", shared.schema, forward, _fake_stats(state), device)
-    back = define(
-        f"{name}_backward_{backend}", shared.backward_schema, backward, shared.fake_backward, device
-    )
-    torch.library.register_autograd(op, shared.autograd(back), setup_context=shared.save)
-    torch.library.register_autograd(back, _no_second_derivative)
-    return op
-
-
-TOKEN_STATS = {
-    "reference": _define_stats(
-        "token_stats",
-        "reference",
-        reference_loss.token_stats_reference,
-        reference_loss.token_stats_backward_reference,
-    ),
-    "triton": _define_stats(
-        "token_stats",
-        "triton",
-        triton("loss", "token_stats_triton"),
-        triton("loss", "token_stats_backward_triton"),
-        TRITON_DEVICE,
-        STATE,
-    ),
-    "cpp": _define_stats(
-        "token_stats",
-        "cpp",
-        native_loss.token_stats_cpp,
-        native_loss.token_stats_backward_cpp,
-        "cpu",
-        STATE,
-    ),
-    "cuda": _define_stats(
-        "token_stats",
-        "cuda",
-        native_loss_cuda.token_stats_cuda,
-        native_loss_cuda.token_stats_backward_cuda,
-        "cuda",
-        STATE,
-    ),
-}
-LINEAR_TOKEN_STATS = {
-    "reference": _define_stats(
-        "linear_token_stats",
-        "reference",
-        _on_heads(reference_linear_loss.linear_token_stats_reference),
-        _backward_on_heads(reference_linear_loss.linear_token_stats_backward_reference),
-    ),
-    "triton": _define_stats(
-        "linear_token_stats",
-        "triton",
-        _on_heads(triton("linear_loss", "linear_token_stats_triton")),
-        _backward_on_heads(triton("linear_loss", "linear_token_stats_backward_triton")),
-        TRITON_DEVICE,
-        STATE,
-    ),
-    "cpp": _define_stats(
-        "linear_token_stats",
-        "cpp",
-        _on_heads(native_linear_loss.linear_token_stats_cpp),
-        _backward_on_heads(native_linear_loss.linear_token_stats_backward_cpp),
-        "cpu",
-        STATE,
-    ),
-}
+LINEAR_TOKEN_STATS = define_each(
+    "linear_token_stats_{}",
+    _LINEAR_STATS_SCHEMA,
+    {
+        "reference": _stateless(_on_heads(reference_linear_loss.linear_token_stats_reference)),
+        "triton": _on_heads(triton("linear_loss", "linear_token_stats_triton")),
+        "cpp": _on_heads(native_linear_loss.linear_token_stats_cpp),
+    },
+    _STATS_FAKES,
+)
+LINEAR_TOKEN_STATS_BACKWARD = define_each(
+    "linear_token_stats_backward_{}",
+    _LINEAR_STATS_BACKWARD_SCHEMA,
+    {
+        "reference": _backward_on_heads(
+            reference_linear_loss.linear_token_stats_backward_reference
+        ),
+        "triton": _backward_on_heads(triton("linear_loss", "linear_token_stats_backward_triton")),
+        "cpp": _backward_on_heads(native_linear_loss.linear_token_stats_backward_cpp),
+    },
+    _fake_linear_backward,
+)
+_differentiate(
+    LINEAR_TOKEN_STATS, LINEAR_TOKEN_STATS_BACKWARD, _linear_stats_autograd, _save_stats(policy=4)
+)
 
 # --- the same from logits that the gradient is written over
 
@@ -303,28 +260,18 @@ def _over_logits(backward: Kernel) -> Kernel:
     def run(logits: Tensor, upstream: Tensor, *rest: Any) -> None:
         backward(upstream, logits, *rest, logits)
 
-    return run
+    return written(run)
 
 
-def _define_gradient(backend: str, backward: Kernel, device: str | None = None) -> Any:
-    name = f"token_gradient_{backend}_"
-    return define(name, _GRADIENT_SCHEMA, written(_over_logits(backward)), no_result, device)
-
-
-TOKEN_GRADIENT = {
-    "reference": _define_gradient("reference", reference_loss.token_stats_backward_reference),
-    "triton": _define_gradient(
-        "triton", triton("loss", "token_stats_backward_triton"), TRITON_DEVICE
-    ),
-    "cpp": _define_gradient("cpp", native_loss.token_stats_backward_cpp, "cpu"),
-    "cuda": _define_gradient("cuda", native_loss_cuda.token_stats_backward_cuda, "cuda"),
-}
-TOKEN_FUSED = {
-    "cuda": define(
-        "token_stats_fused_cuda_",
-        _FUSED_SCHEMA,
-        written(native_loss_cuda.token_stats_fused_cuda_),
-        lambda logits, *rest: _fake_stats(0)(logits, *rest)[:4],
-        "cuda",
-    ),
-}
+TOKEN_GRADIENT = define_each(
+    "token_gradient_{}_",
+    _GRADIENT_SCHEMA,
+    {name: _over_logits(backward) for name, backward in _BACKWARD.items()},
+    no_result,
+)
+TOKEN_FUSED = define_each(
+    "token_stats_fused_{}_",
+    _FUSED_SCHEMA,
+    {"cuda": written(native_loss_cuda.token_stats_fused_cuda_)},
+    lambda logits, *rest: _fake_stats(0)(logits, *rest)[:4],
+)
