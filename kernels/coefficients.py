@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from warp_fast.kernels._table import on_device
+from warp_fast._table import on_device
 from warp_fast.reference.slerp import SIN_FLOOR
 
 _SCAN = tl.constexpr(256)

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from warp_fast.kernels._common import HEAD, entry_size, typed_pointer
-from warp_fast.kernels._table import (
+from warp_fast._table import (
     Launch,
     TableCache,
     copied_back,
@@ -16,6 +15,7 @@ from warp_fast.kernels._table import (
     launches_of,
     on_device,
 )
+from warp_fast.kernels._common import HEAD, entry_size, typed_pointer
 from warp_fast.reference.ema import random_key
 
 # 16 elements per thread: split storage has six 16-byte loads in flight in each

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from warp_fast.kernels._common import HEAD, deltas_of, entry_size, pointers
-from warp_fast.kernels._table import (
+from warp_fast._table import (
     LANES,
     Launch,
     TableCache,
@@ -23,6 +22,7 @@ from warp_fast.kernels._table import (
     on_device,
     packed,
 )
+from warp_fast.kernels._common import HEAD, deltas_of, entry_size, pointers
 
 _COLUMNS = tl.constexpr(LANES)
 # a thread sums the products of one vector of 8 before anything crosses threads

@@ -21,12 +21,12 @@ from torch import Tensor
 from warp_fast._loss_checks import Terms
 from warp_fast._objective import (
     COUPLED,
+    Tokens,
     exact_kl_of,
     objective,
     slopes,
     with_given_anchor,
 )
-from warp_fast._objective import Rows as Tokens
 from warp_fast._precision import as_given
 from warp_fast._slices import cut, groups, within
 from warp_fast.kernels.loss import (

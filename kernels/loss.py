@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from warp_fast._loss_rows import EXACT_CODES, STATE, check_ids, layout, with_unit_stride
+from warp_fast._table import CODE, copied_back, on_device
 from warp_fast.kernels._rows import (
     FIELDS,
     gradient_kernel,
@@ -20,7 +21,6 @@ from warp_fast.kernels._rows import (
     sums_kernel,
 )
 from warp_fast.kernels._scale import scale_kernel, scaled_kernel
-from warp_fast.kernels._table import CODE, copied_back, on_device
 from warp_fast.reference.loss import compute_dtype
 
 _WARPS = 4

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from warp_fast.kernels._common import HEAD, deltas_of, entry_size, pointers, rounded, typed_pointer
-from warp_fast.kernels._table import (
+from warp_fast._table import (
     Launch,
     TableCache,
     apply_launches,
@@ -21,6 +20,7 @@ from warp_fast.kernels._table import (
     on_device,
     packed,
 )
+from warp_fast.kernels._common import HEAD, deltas_of, entry_size, pointers, rounded, typed_pointer
 
 # 8 elements per thread: one 16-byte load of each bf16 tensor, and 16 task vectors fit in registers
 _BLOCK = 2048

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.tolerances import assert_close, largest
 from warp_fast._loss_checks import Terms
-from warp_fast._objective import Rows
+from warp_fast._objective import Tokens
 from warp_fast.reference.linear_loss import Heads, LinearLoss, linear_loss_reference
 
 V, D = 23, 6
@@ -18,10 +18,10 @@ LENGTHS = (3, 1, 4, 4)  # of sequences; padded ones have as many tokens as the l
 KINDS = ("reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none")
 
 Kernel = Callable[..., LinearLoss]
-Call = tuple[Heads, Rows, Terms]
+Call = tuple[Heads, Tokens, Terms]
 
 
-def rows_of(packed: bool) -> Rows:
+def rows_of(packed: bool) -> Tokens:
     """Some masked; one sequence entirely."""
     lengths = LENGTHS if packed else (max(LENGTHS),) * len(LENGTHS)
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
@@ -29,7 +29,7 @@ def rows_of(packed: bool) -> Rows:
     mask = (torch.arange(count) % 5 != 1) & (sequence != 2)
     ids = torch.where(mask, torch.arange(count) * 7 % V, 0)
     longest = count if packed else max(LENGTHS)
-    return Rows(ids.shape, ids, mask, sequence, len(lengths), longest)
+    return Tokens(ids.shape, ids, mask, sequence, len(lengths), longest)
 
 
 def call(

@@ -14,7 +14,7 @@ from tests.linear_loss_cases import KINDS, V, call, check, finite, widened
 from warp_fast import _loss_ops, _stats_ops
 from warp_fast._backend import MISSING, SERVED
 from warp_fast._loss_checks import EXACT
-from warp_fast._objective import Rows, objective, slopes
+from warp_fast._objective import Tokens, objective, slopes
 from warp_fast._slices import groups
 from warp_fast.native import linear_loss as native
 from warp_fast.native._tiles import Product
@@ -265,16 +265,16 @@ def test_a_mask_on_the_host_stays_there_as_well() -> None:
         (mask, bounds, [0, 0, 1, 1, 1, 1]),
     ]
     for given, cu_seqlens, sequence in cases:
-        rows = Rows.of(ids.view(given.shape), given, cu_seqlens, given.shape, meta, "hidden")
+        rows = Tokens.of(ids.view(given.shape), given, cu_seqlens, given.shape, meta, "hidden")
         assert rows.mask.device == rows.sequence.device == meta and rows.on_host is not None
         assert torch.equal(rows.on_host[0], mask != 0)
         assert rows.on_host[1].tolist() == sequence
     padded = torch.Size((2, 3))
-    assert Rows.of(ids.view(2, 3), None, None, padded, meta, "hidden").on_host is None
+    assert Tokens.of(ids.view(2, 3), None, None, padded, meta, "hidden").on_host is None
     there = mask.to(meta)
-    assert Rows.of(ids.view(2, 3), there.view(2, 3), None, padded, meta, "hidden").on_host is None
+    assert Tokens.of(ids.view(2, 3), there.view(2, 3), None, padded, meta, "hidden").on_host is None
     with pytest.raises(ValueError, match="mask and cu_seqlens must be on one device"):
-        Rows.of(ids, there, bounds, torch.Size((6,)), meta, "hidden")
+        Tokens.of(ids, there, bounds, torch.Size((6,)), meta, "hidden")
 
 
 @pytest.mark.gpu

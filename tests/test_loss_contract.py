@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import warp_fast
 from tests.test_loss_checks import KINDS, V, arguments, both, gradients, loss_of, served
 from warp_fast import _loss_checks, linear_token_logprobs
-from warp_fast._objective import Rows
+from warp_fast._objective import Tokens
 from warp_fast._precision import as_given
 
 
@@ -202,7 +202,7 @@ def test_rows_behind_the_last_sequence_are_masked_where_nobody_can_look(
     """On GPUs, and in traces, cu_seqlens is not read."""
     monkeypatch.setattr(_loss_checks, "can_look", lambda tensor: False)
     ids, bounds = torch.zeros(6, dtype=torch.long), torch.tensor([0, 1, 4])
-    rows = Rows.of(ids, None, bounds, ids.shape, torch.device("cpu"), "logits")
+    rows = Tokens.of(ids, None, bounds, ids.shape, torch.device("cpu"), "logits")
     assert rows.mask.tolist() == [True] * 4 + [False] * 2
     assert rows.sequence.tolist() == [0, 1, 1, 1, 1, 1]
 

@@ -33,7 +33,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 gram_pass: Any = importlib.import_module("warp_fast.kernels.gram")
 solve_pass: Any = importlib.import_module("warp_fast.kernels.coefficients")
 apply_pass: Any = importlib.import_module("warp_fast.kernels.slerp")
-tables: Any = importlib.import_module("warp_fast.kernels._table")
+tables: Any = importlib.import_module("warp_fast._table")
 if DEVICE == "cpu" and type(gram_pass._gram_kernel).__name__ != "InterpretedFunction":
     raise RuntimeError("something imported triton before this file set TRITON_INTERPRET=1")
 

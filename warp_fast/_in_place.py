@@ -10,7 +10,7 @@ from warp_fast import _loss_ops, _stats_ops
 from warp_fast._loss_checks import Terms
 from warp_fast._loss_rows import rows_of
 from warp_fast._objective import (
-    Rows,
+    Tokens,
     exact_kl_of,
     normalizer_of,
     objective,
@@ -65,7 +65,7 @@ def _apart(rows: Tensor) -> bool:
 def loss_in_place(
     logits: Tensor,
     anchor: Tensor | None,
-    rows: Rows,
+    rows: Tokens,
     terms: Terms,
     head: tuple[float, float | None],
     normalizer: str | float | Tensor,

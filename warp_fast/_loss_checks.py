@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from warp_fast._sharded import is_sharded
 
 if TYPE_CHECKING:
-    from warp_fast._objective import Rows
+    from warp_fast._objective import Tokens
 
 EXACT = ("reverse", "forward")
 _KINDS = ("reward", "reward_to_go", "k2", "k3", *EXACT, "none")
@@ -248,7 +248,7 @@ def can_look(tensor: Tensor) -> bool:
 
 
 def terms(
-    rows: Rows,
+    rows: Tokens,
     advantages: Tensor,
     has_anchor: bool,
     anchor_logprobs: Tensor | None,
@@ -295,7 +295,9 @@ def _check_kl(kl: str, beta: float, has_anchor: bool, anchor_logprobs: Tensor | 
         raise ValueError(f"kl={kl!r} needs an anchor; got none (kl='none' is without one)")
 
 
-def _per_token(rows: Rows, values: Tensor | None, name: str, finite: bool = False) -> Tensor | None:
+def _per_token(
+    rows: Tokens, values: Tensor | None, name: str, finite: bool = False
+) -> Tensor | None:
     """[N], 0 where masked; numbers, or -inf if they need not be finite."""
     if values is None:
         return None
@@ -317,7 +319,7 @@ def _per_token(rows: Rows, values: Tensor | None, name: str, finite: bool = Fals
     return flat
 
 
-def _per_token_advantages(rows: Rows, advantages: Tensor) -> Tensor:
+def _per_token_advantages(rows: Tokens, advantages: Tensor) -> Tensor:
     """[N], 0 where masked, from [B] or else the shape of token_ids."""
     floating(advantages=advantages)
     if advantages.device != rows.mask.device:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from warp_fast._define import Kernel, define, define_each, no_result, triton, written
 from warp_fast._loss_checks import Terms
-from warp_fast._objective import Rows, exact_kl_of
+from warp_fast._objective import Tokens, exact_kl_of
 from warp_fast._stats_ops import (
     LINEAR_TOKEN_STATS_BACKWARD,
     STATE_OF,
@@ -41,7 +41,7 @@ class _Call(NamedTuple):
     """The arguments of an op, in groups; so the kernel of a backend takes them."""
 
     heads: Heads
-    rows: Rows
+    rows: Tokens
     terms: Terms
     entropy: bool
     needs: tuple[bool, bool]
@@ -50,7 +50,7 @@ class _Call(NamedTuple):
     def of(given: tuple[Any, ...]) -> _Call:
         token_ids, mask, sequence, host_mask, host_sequence, count, longest = given[6:13]
         on_host = None if host_mask is None else (host_mask, host_sequence)
-        rows = Rows(token_ids.shape, token_ids, mask, sequence, count, longest, on_host)
+        rows = Tokens(token_ids.shape, token_ids, mask, sequence, count, longest, on_host)
         advantages, anchor_logprobs, old_logprobs, clip_range, beta, kl = given[13:19]
         clip = None if clip_range is None else (clip_range[0], clip_range[1])
         terms = Terms(advantages, anchor_logprobs, old_logprobs, clip, beta, kl)

@@ -19,7 +19,7 @@ COUPLED = ("reward", "reward_to_go")
 
 
 @dataclass(frozen=True)
-class Rows:
+class Tokens:
     """N tokens of B sequences, padded or packed, as flat vectors.
 
     Attributes:
@@ -48,7 +48,7 @@ class Rows:
         shape: torch.Size,
         device: torch.device,
         name: str,
-    ) -> Rows:
+    ) -> Tokens:
         """Read the layout; raises ValueError or TypeError on what does not fit."""
         checks.token_ids(token_ids, shape, device, name)
         checks.layout(shape, mask, cu_seqlens, device, name)
@@ -69,12 +69,12 @@ class Rows:
         on_host = (kept, sequence) if source.type == "cpu" else None
         kept, sequence = (x.to(device, non_blocking=True) for x in (kept, sequence))
         ids = torch.where(kept, token_ids.reshape(-1).long(), 0)
-        return Rows(shape, ids, kept, sequence, count, shape[-1], on_host)
+        return Tokens(shape, ids, kept, sequence, count, shape[-1], on_host)
 
-    def at(self, part: slice | Tensor) -> Rows:
+    def at(self, part: slice | Tensor) -> Tokens:
         """Some of the rows, in their order."""
         ids, mask, sequence = self.token_ids[part], self.mask[part], self.sequence[part]
-        return Rows(ids.shape, ids, mask, sequence, self.count, self.longest)
+        return Tokens(ids.shape, ids, mask, sequence, self.count, self.longest)
 
     def total(self, values: Tensor) -> Tensor:
         """[N]: the sum over the sequence of each token."""
@@ -87,7 +87,7 @@ class Rows:
         return found
 
 
-def objective(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
+def objective(rows: Tokens, stats: Stats, terms: Terms) -> Tensor:
     """Z times the loss of `warp_fast.warp_loss`."""
     logp = stats.logprobs
     difference = (logp - stats.anchor_logprobs).detach()
@@ -97,7 +97,7 @@ def objective(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
     return torch.where(rows.mask, total, 0).sum()
 
 
-def slopes(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
+def slopes(rows: Tokens, stats: Stats, terms: Terms) -> Tensor:
     """[N, 3]: the derivatives of `objective` in logprobs, entropy and kl, 0 where masked."""
     logp = stats.logprobs
     difference = logp - stats.anchor_logprobs
@@ -111,7 +111,7 @@ def slopes(rows: Rows, stats: Stats, terms: Terms) -> Tensor:
     return torch.where(rows.mask[:, None], found, 0)
 
 
-def slopes_ahead(rows: Rows, terms: Terms, dtype: torch.dtype) -> Tensor | None:
+def slopes_ahead(rows: Tokens, terms: Terms, dtype: torch.dtype) -> Tensor | None:
     """`slopes` in `dtype`, if they depend on no statistic."""
     if terms.kl not in ("none", *checks.EXACT) or terms.old_logprobs is not None:
         return None
@@ -143,7 +143,7 @@ def divergence(stats: Stats, kl: str) -> Tensor:
     return difference if kl in COUPLED else torch.zeros_like(difference)
 
 
-def normalizer_of(rows: Rows, given: str | float | Tensor, dtype: torch.dtype) -> Tensor | float:
+def normalizer_of(rows: Tokens, given: str | float | Tensor, dtype: torch.dtype) -> Tensor | float:
     """Z; 1 in the place of 0, for a batch without tokens.
 
     Numbers stay numbers: a trace would be tied to the value of one that is made a tensor.
@@ -157,7 +157,7 @@ def normalizer_of(rows: Rows, given: str | float | Tensor, dtype: torch.dtype) -
     return float(given) or 1.0
 
 
-def _coefficients(rows: Rows, difference: Tensor, terms: Terms) -> Tensor:
+def _coefficients(rows: Tokens, difference: Tensor, terms: Terms) -> Tensor:
     """[N]: c, the advantage with the KL of the reward in it."""
     found = terms.advantages.to(difference.dtype)
     if terms.kl == "reward":

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from warp_fast import _sharded
+from warp_fast._table import CODE
 from warp_fast.flat import Segment, place_of
-from warp_fast.kernels._table import CODE
 from warp_fast.native.slerp import fresh_like
 
 _FLOATING = [dtype for dtype in CODE if dtype.is_floating_point]

@@ -13,7 +13,7 @@ from warp_fast._backend import resolve
 from warp_fast._in_place import loss_in_place
 from warp_fast._loss_rows import rows_of
 from warp_fast._objective import (
-    Rows,
+    Tokens,
     divergence,
     exact_kl_of,
     normalizer_of,
@@ -207,7 +207,7 @@ def warp_loss(
     checks.rows(logits, "logits")
     if anchor_logits is not None:
         checks.floating(anchor_logits=anchor_logits)
-    rows = Rows.of(token_ids, mask, cu_seqlens, logits.shape[:-1], logits.device, "logits")
+    rows = Tokens.of(token_ids, mask, cu_seqlens, logits.shape[:-1], logits.device, "logits")
     checks.same_shape(anchor_logits, "anchor_logits", logits, "logits")
     terms = checks.terms(
         rows, advantages, anchor_logits is not None, anchor_logprobs, old_logprobs, beta, kl,
@@ -293,7 +293,7 @@ def linear_warp_loss(
     """
     temperature, softcap = checks.head(temperature, softcap)
     checks.linear(hidden, weight, "hidden", "weight")
-    rows = Rows.of(token_ids, mask, cu_seqlens, hidden.shape[:-1], hidden.device, "hidden")
+    rows = Tokens.of(token_ids, mask, cu_seqlens, hidden.shape[:-1], hidden.device, "hidden")
     checks.same_shape(anchor_hidden, "anchor_hidden", hidden, "hidden", last=False)
     if anchor_hidden is not None:
         anchor_weight = weight if anchor_weight is None else anchor_weight
@@ -336,7 +336,7 @@ def linear_warp_loss(
 
 
 def _in_shape(
-    rows: Rows, loss: Tensor, stats: Stats, terms: checks.Terms, return_entropy: bool
+    rows: Tokens, loss: Tensor, stats: Stats, terms: checks.Terms, return_entropy: bool
 ) -> WarpLoss:
     """Everything in the caller's shape."""
     return WarpLoss(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from warp_fast.kernels._table import CODE
+from warp_fast._table import CODE
 
 
 def extension() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from warp_fast.kernels import _table
+from warp_fast import _table
 from warp_fast.native._addresses import addresses, codes, extension, sizes
 from warp_fast.reference.ema import random_key
 

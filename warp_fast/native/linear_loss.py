@@ -17,7 +17,7 @@ from warp_fast._loss_checks import Terms
 from warp_fast._loss_rows import STATE, check_ids
 from warp_fast._objective import (
     COUPLED,
-    Rows,
+    Tokens,
     exact_kl_of,
     objective,
     slopes,
@@ -112,7 +112,7 @@ def linear_token_stats_backward_cpp(
 
 
 def linear_loss_cpp(
-    heads: Heads, rows: Rows, terms: Terms, entropy: bool, needs: tuple[bool, bool]
+    heads: Heads, rows: Tokens, terms: Terms, entropy: bool, needs: tuple[bool, bool]
 ) -> LinearLoss:
     """`linear_loss_reference`: the gradients for little more than two products.
 
@@ -146,7 +146,7 @@ class _Making:
     """
 
     def __init__(
-        self, heads: Heads, rows: Rows, terms: Terms, entropy: bool, needs: tuple[bool, bool]
+        self, heads: Heads, rows: Tokens, terms: Terms, entropy: bool, needs: tuple[bool, bool]
     ) -> None:
         self.index = rows.mask.nonzero()[:, 0]
         check_ids(rows.token_ids, self.index, heads.weight.shape[0])

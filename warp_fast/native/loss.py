@@ -19,7 +19,7 @@ from warp_fast._loss_rows import (
     place_of,
     with_unit_stride,
 )
-from warp_fast.kernels._table import CODE, copied_back
+from warp_fast._table import CODE, copied_back
 from warp_fast.native._addresses import extension
 from warp_fast.native._state import by_row, coefficients_of, new_state
 from warp_fast.reference import loss as reference

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from warp_fast._loss_rows import EXACT_CODES, STATE, with_unit_stride
-from warp_fast.kernels._table import copied_back, on_device
+from warp_fast._table import copied_back, on_device
 from warp_fast.native._addresses import addresses, extension
 from warp_fast.native.loss import NO_MATRIX, matrix
 from warp_fast.reference import loss as reference
@@ -39,7 +39,7 @@ def token_stats_cuda(
         return *wide, wide[0].new_zeros(len(token_ids), STATE)
     found = _new_stats(logits)
     with on_device(logits):
-        rows = _Rows(logits, anchor_logits, token_ids, temperature, softcap, exact_kl)
+        rows = _Arguments(logits, anchor_logits, token_ids, temperature, softcap, exact_kl)
         kept = _bytes(mask)
         extension().loss_stats_cuda(
             *rows.arguments, kept.data_ptr(), entropy, addresses(found), _stream()
@@ -75,7 +75,7 @@ def token_stats_backward_cuda(
     dlogits = torch.empty_like(logits) if out is None else out
     upstream, state = upstream.contiguous(), state.contiguous()
     with on_device(logits):
-        rows = _Rows(logits, anchor, token_ids, *head)
+        rows = _Arguments(logits, anchor, token_ids, *head)
         written = with_unit_stride(dlogits)
         extension().loss_gradient_cuda(
             *rows.arguments, upstream.data_ptr(), state.data_ptr(), matrix(written), _stream()
@@ -109,7 +109,7 @@ def token_stats_fused_cuda_(
     found = _new_stats(logits)
     upstream = upstream.contiguous()
     with on_device(logits):
-        rows = _Rows(logits, anchor_logits, token_ids, temperature, softcap, exact_kl)
+        rows = _Arguments(logits, anchor_logits, token_ids, temperature, softcap, exact_kl)
         kept = _bytes(mask)
         extension().loss_fused_cuda(
             *rows.arguments,
@@ -148,7 +148,7 @@ def _bytes(mask: Tensor) -> Tensor:
     return mask.contiguous().view(torch.uint8)
 
 
-class _Rows:
+class _Arguments:
     """What both launches are about; keeps the copies of what the kernels cannot address."""
 
     def __init__(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from warp_fast import _table
 from warp_fast._backend import MISSING
-from warp_fast.kernels import _table
 from warp_fast.native._addresses import addresses, codes, extension, sizes
 
 _HUGE = 8 << 20  # bytes; less has no use for pages of 2 MiB

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from warp_fast._loss_checks import Terms
 from warp_fast._loss_rows import check_ids
-from warp_fast._objective import Rows, exact_kl_of, objective, slopes, with_given_anchor
+from warp_fast._objective import Tokens, exact_kl_of, objective, slopes, with_given_anchor
 from warp_fast._precision import as_given
 from warp_fast.reference.loss import (
     Stats,
@@ -139,7 +139,7 @@ def linear_token_stats_backward_reference(
 
 
 def linear_loss_reference(
-    heads: Heads, rows: Rows, terms: Terms, entropy: bool, needs: tuple[bool, bool]
+    heads: Heads, rows: Tokens, terms: Terms, entropy: bool, needs: tuple[bool, bool]
 ) -> LinearLoss:
     """`warp_fast.linear_warp_loss` times its normalizer, and its gradients."""
     exact_kl = exact_kl_of(terms.kl)
