@@ -8,11 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from warp_fast._table import (
-    Launch,
     TableCache,
     copied_back,
-    entries_of,
-    launches_of,
+    ema_launches,
     on_device,
 )
 from warp_fast.kernels._common import HEAD, entry_size, typed_pointer
@@ -149,14 +147,10 @@ def _launch(
     noise: tuple[bool, int, int],
     first_index: list[int],
 ) -> None:
-    def build() -> list[Launch]:
-        entries = entries_of(columns, _BLOCK, range(len(columns[0])))
-        return launches_of(columns, entries, lambda e: first_index[e.tensor] + e.offset)
-
     stochastic, seed, step = noise
     storage = _SPLIT if len(columns) == 3 else _STOCHASTIC if stochastic else _FULL
     key_in, key_out = random_key(seed, step)
-    for launch in _tables.get(columns, tuple(first_index), build):
+    for launch in ema_launches(_tables, columns, _BLOCK, first_index):
         weight = device_rate
         if weight is None and launch.codes[0] == 3:
             # a number becomes an fp32 argument: too coarse for an fp64 average

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from warp_fast import _table
 from warp_fast._backend import MISSING
 from warp_fast.native.ema import ema_update_cuda_
 from warp_fast.reference.ema import ema_update_reference_, split_float32
@@ -185,7 +186,7 @@ def test_random_bits_of_far_elements(first: int, seed: int, step: int) -> None:
 @pytest.mark.parametrize("shift", [2**31, 2**33])
 def test_elements_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
     """The table is rewritten so that the blocks lie `shift` elements after their base address."""
-    original = kernels.launches_of
+    original: Any = _table.launches_of
 
     def launches_of(columns: list[list[Tensor]], *rest: Any) -> Any:
         launches = original(columns, *rest)
@@ -197,7 +198,7 @@ def test_elements_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, shift: int) 
             launch.table[:, 3:] -= shift * sizes.to(DEVICE)
         return launches
 
-    monkeypatch.setattr(kernels, "launches_of", launches_of)
+    monkeypatch.setattr(_table, "launches_of", launches_of)
     check(lists("split", [BF16], SIZES))
     check(lists("stochastic", [BF16], SIZES), stochastic=True)
 
@@ -208,13 +209,13 @@ def test_elements_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, shift: int) 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """A function that says how many tables were built since."""
     built = []
-    original = kernels.launches_of
+    original: Any = _table.launches_of
 
     def counting(*arguments: object) -> object:
         built.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(kernels, "launches_of", counting)
+    monkeypatch.setattr(_table, "launches_of", counting)
     return lambda: len(built)
 
 
@@ -252,7 +253,7 @@ def test_freed_tensors_at_reused_addresses() -> None:
 
 
 def test_tables_of_all_calls_of_a_step_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_tables", kernels.TableCache())
+    monkeypatch.setattr(kernels, "_tables", _table.TableCache())
     given = [lists("fp32", [BF16], [8]) for _ in range(40)]
     for _ in range(2):
         for one in given:
@@ -261,14 +262,13 @@ def test_tables_of_all_calls_of_a_step_are_kept(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_memory_of_kept_tables_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = sys.modules[kernels.TableCache.__module__]
-    monkeypatch.setattr(kernels, "_tables", table.TableCache())
+    monkeypatch.setattr(kernels, "_tables", _table.TableCache())
     kept = [lists("fp32", [BF16], [8]) for _ in range(40)]
     check(kept[0])
-    monkeypatch.setattr(table, "_KEPT", 16 * kernels._tables._bytes)
+    monkeypatch.setattr(_table, "_KEPT", 16 * kernels._tables._bytes)
     for given in kept:
         check(given)
-    assert len(kernels._tables) == 16 and kernels._tables._bytes == table._KEPT
+    assert len(kernels._tables) == 16 and kernels._tables._bytes == _table._KEPT
     check(kept[0])
 
 

@@ -219,6 +219,19 @@ def by_segment(segment: list[int]) -> list[int]:
     return sorted(range(len(segment)), key=segment.__getitem__)
 
 
+def ema_launches(
+    tables: TableCache, columns: list[list[Tensor]], block: int, first_index: list[int]
+) -> list[Launch]:
+    """The launches of an EMA update; their payload is the index of an entry's first element."""
+
+    def build() -> list[Launch]:
+        entries = entries_of(columns, block, range(len(columns[0])))
+        return launches_of(columns, entries, lambda e: first_index[e.tensor] + e.offset)
+
+    found: list[Launch] = tables.get(columns, tuple(first_index), build)
+    return found
+
+
 def gram_launches(
     columns: Sequence[Sequence[Tensor]], chunk: int, segment: list[int], count: int
 ) -> tuple[list[Launch], Tensor, int]:

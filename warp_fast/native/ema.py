@@ -66,13 +66,8 @@ def ema_update_cuda_(
     written = [tensor.contiguous() for tensor in [*ema, *residual]]
     averages, remainders = written[: len(ema)], written[len(ema) :]
     columns = [averages, [x.contiguous() for x in params]] + ([remainders] if residual else [])
-
-    def build() -> list[_table.Launch]:
-        entries = _table.entries_of(columns, module.EMA_BLOCK, range(len(ema)))
-        return _table.launches_of(columns, entries, lambda e: first_index[e.tensor] + e.offset)
-
     with _table.on_device(ema[0]):
-        for launch in _tables.get(columns, tuple(first_index), build):
+        for launch in _table.ema_launches(_tables, columns, module.EMA_BLOCK, first_index):
             module.ema_update_cuda(
                 launch.table.data_ptr(),
                 launch.block_entry.data_ptr(),
