@@ -37,7 +37,7 @@ _LINEAR_LOSS_SCHEMA = (
 )
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The arguments of an op, in groups; so the kernel of a backend takes them."""
 
     heads: Heads
@@ -47,7 +47,7 @@ class _Call(NamedTuple):
     needs: tuple[bool, bool]
 
     @staticmethod
-    def of(given: tuple[Any, ...]) -> _Call:
+    def of(given: tuple[Any, ...]) -> Call:
         token_ids, mask, sequence, host_mask, host_sequence, count, longest = given[6:13]
         on_host = None if host_mask is None else (host_mask, host_sequence)
         rows = Tokens(token_ids.shape, token_ids, mask, sequence, count, longest, on_host)
@@ -55,12 +55,21 @@ class _Call(NamedTuple):
         clip = None if clip_range is None else (clip_range[0], clip_range[1])
         terms = Terms(advantages, anchor_logprobs, old_logprobs, clip, beta, kl)
         entropy, needs_hidden, needs_weight = given[19:]
-        return _Call(Heads(*given[:6]), rows, terms, entropy, (needs_hidden, needs_weight))
+        return Call(Heads(*given[:6]), rows, terms, entropy, (needs_hidden, needs_weight))
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What `of` takes, in the order of the schema."""
+        rows, terms = self.rows, self.terms
+        on_host = rows.on_host or (None, None)
+        layout = (rows.token_ids, rows.mask, rows.sequence, *on_host, rows.count, rows.longest)
+        given = (terms.advantages, terms.anchor_logprobs, terms.old_logprobs)
+        how = (terms.clip_range, terms.beta, terms.kl)
+        return *self.heads, *layout, *given, *how, self.entropy, *self.needs
 
 
 def _grouped(kernel: Kernel) -> Kernel:
     def run(*given: Any) -> LinearLoss:
-        found: LinearLoss = kernel(*_Call.of(given))
+        found: LinearLoss = kernel(*Call.of(given))
         return found
 
     return run
@@ -68,7 +77,7 @@ def _grouped(kernel: Kernel) -> Kernel:
 
 def _fake_linear_loss(state: int) -> Kernel:
     def fake(*given: Any) -> LinearLoss:
-        heads, rows, _, _, needs = _Call.of(given)
+        heads, rows, _, _, needs = Call.of(given)
         dtype, count, like = heads.compute_dtype, rows.mask.shape[0], heads.hidden
         stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
         made = fake_gradients(heads[:2], needs, dtype)
@@ -80,7 +89,7 @@ def _fake_linear_loss(state: int) -> Kernel:
 
 
 def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    heads, rows, terms, _, needs = _Call.of(inputs)
+    heads, rows, terms, _, needs = Call.of(inputs)
     found = LinearLoss(*output)
     host_mask = None if rows.on_host is None else rows.on_host[0]
     ctx.set_materialize_grads(False)

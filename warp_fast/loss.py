@@ -20,6 +20,7 @@ from warp_fast._objective import (
     objective,
     with_given_anchor,
 )
+from warp_fast.reference.linear_loss import Heads
 from warp_fast.reference.loss import Stats
 
 Kl: TypeAlias = Literal["reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"]
@@ -306,30 +307,19 @@ def linear_warp_loss(
         clip_range,
     )  # fmt: skip
     checks.normalizer(normalizer, rows.mask)
-    make = torch.is_grad_enabled() and not low_memory
-    op = _loss_ops.LINEAR_LOSS[resolve("linear_loss", backend, hidden.device)]
-    total, *stats = op(
+    heads = Heads(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         None if anchor_hidden is None else anchor_hidden.detach().flatten(0, -2),
         None if anchor_weight is None else anchor_weight.detach(),
         temperature,
         softcap,
-        rows.token_ids,
-        rows.mask,
-        rows.sequence,
-        *(rows.on_host or (None, None)),
-        rows.count,
-        rows.longest,
-        terms.advantages,
-        terms.anchor_logprobs,
-        terms.old_logprobs,
-        terms.clip_range,
-        terms.beta,
-        kl,
-        return_entropy,
-        *[make and part.requires_grad for part in (hidden, weight)],
     )
+    make = torch.is_grad_enabled() and not low_memory
+    needs = (make and hidden.requires_grad, make and weight.requires_grad)
+    call = _loss_ops.Call(heads, rows, terms, return_entropy, needs)
+    op = _loss_ops.LINEAR_LOSS[resolve("linear_loss", backend, hidden.device)]
+    total, *stats = op(*call.arguments())
     found = with_given_anchor(Stats(*stats[:4]), terms)
     loss = total / normalizer_of(rows, normalizer, total.dtype)
     return _in_shape(rows, loss, found, terms, return_entropy)
