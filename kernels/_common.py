@@ -1,5 +1,5 @@
 # ruff: noqa: RUF005 -- inside a kernel a tuple grows by concatenation; it has no starred form
-"""What the Triton kernels share: typed access through a pointer table (see `_table.py`)."""
+"""What the Triton kernels share: typed access through a pointer table (see warp_fast/_table.py)."""
 
 from __future__ import annotations
 
