@@ -187,6 +187,7 @@ def gram_triton(
         partial = init[0].new_empty((rows, runs * (runs + 1) // 2), dtype=torch.float64)
         gram = init[0].new_empty((count, runs, runs), dtype=torch.float64)
         for launch in launches:
+            group, _, stages = tiling(runs, launch.heavy)
             _gram_kernel[(launch.block_entry.numel(),)](
                 launch.table,
                 launch.block_entry,
@@ -194,9 +195,9 @@ def gram_triton(
                 M=runs,
                 CODES=packed(launch.codes),
                 ALIGNED=launch.aligned,
-                GROUP=tiling(runs, launch.heavy).group,
+                GROUP=group,
                 CHUNK=chunk,
-                STAGES=tiling(runs).stages,
+                STAGES=stages,
                 ROWS=_ROWS,
                 num_warps=_WARPS,
                 **_REGISTERS,

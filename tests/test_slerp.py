@@ -337,6 +337,8 @@ def test_tied_tensors_count_once_and_stay_tied(merge: Any, backend: str) -> None
 def test_tied_tensors_are_written_under_every_name() -> None:
     init, policies = tied_family()
     expected = slerp(init, policies)
+    values: Any = dict(enumerate(policies)).values()  # any collection will do
+    assert slerp(init, values, return_report=True)[1].segments == list(SHAPES)
     apart = {name: torch.zeros_like(tensor) for name, tensor in init.items()}
     assert slerp(init, policies, out=apart) is apart
     assert torch.equal(apart["head"], expected["head"]) and apart["head"] is not apart["a.weight"]

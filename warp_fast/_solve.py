@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from warp_fast._define import Kernel
+from warp_fast._table import side_stream
 from warp_fast.reference.slerp import slerp_coefficients_reference
 
 Solve = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -48,7 +49,7 @@ def solved_and_applied(solve: Solve, apply: Kernel) -> Kernel:
             return coefficients
         solved = torch.cuda.current_stream(gram.device).record_event()
         apply(out, init, policies, rows, segment)
-        side = torch.cuda.Stream(gram.device)  # type: ignore[no-untyped-call]
+        side = side_stream(gram.device)
         side.wait_event(solved)
         with torch.cuda.stream(side):
             return _judged(coefficients, linear, gram, names)
@@ -74,11 +75,20 @@ def _judged(coefficients: Tensor, linear: Tensor, gram: Tensor, names: Sequence[
             f"policies {where} (or init) hold NaN, inf or numbers too large for that"
         )
     found = linear.nonzero().flatten().tolist()
-    if found:
-        shown = ", ".join(names[s] for s in found[:5]) + (", ..." if len(found) > 5 else "")
+    warn_linear("slerp", [names[s] for s in found], len(names))
+    return coefficients
+
+
+def warn_linear(who: str, names: Sequence[str], count: int) -> None:
+    """Name the segments, of `count`, that were merged linearly, if there are any."""
+    if names:
         warnings.warn(
-            f"slerp: zero, parallel or antiparallel task vectors in {len(found)} of {len(names)} "
-            f"segments ({shown}); these were merged linearly",
+            f"{who}: zero, parallel or antiparallel task vectors in {len(names)} of {count} "
+            f"segments ({first_of(names)}); these were merged linearly",
             stacklevel=3,
         )
-    return coefficients
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Up to five of them."""
+    return ", ".join([*names[:5], *["..."] * (len(names) > 5)])

@@ -7,6 +7,7 @@ which entry each program works on.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def _uploaded(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     """Copies that are there for every stream, made beside what is queued: a Gram pass, perhaps."""
     if device.type != "cuda":
         return [x.to(device) for x in tensors]
-    with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side_stream(device)):
         return [x.to(device) for x in tensors]
 
 
@@ -191,6 +192,12 @@ def _bytes_of(found: object) -> int:
     if isinstance(found, Tensor):
         return found.nbytes
     return sum(map(_bytes_of, found)) if isinstance(found, tuple | list) else 0
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """For small copies beside what is queued; one, since each keeps memory of its own."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from warp_fast import _sharded
 from warp_fast._table import CODE
-from warp_fast.flat import Segment, place_of
+from warp_fast.flat import PLAIN, Segment, place_of
 from warp_fast.native.slerp import fresh_like
 
 _FLOATING = [dtype for dtype in CODE if dtype.is_floating_point]
@@ -70,11 +70,11 @@ def layout_of(init: Weights, policies: Any, segments: Any) -> Layout:
         return layout
     keys, segment = layout.keys or [], layout.segment
     kept = [(key, s) for key, s in zip(keys, segment, strict=True) if key not in tied]
-    used = sorted({s for _, s in kept})
+    number = {s: i for i, s in enumerate(sorted({s for _, s in kept}))}
     return replace(
         layout,
-        segment=[used.index(s) for _, s in kept],
-        names=[layout.names[s] for s in used],
+        segment=[number[s] for _, s in kept],
+        names=[layout.names[s] for s in number],
         keys=[key for key, _ in kept],
         tied=tied,
     )
@@ -82,7 +82,12 @@ def layout_of(init: Weights, policies: Any, segments: Any) -> Layout:
 
 def _tied(init: Mapping[str, Tensor], policies: Any) -> dict[str, str]:
     """Names of a tensor that has another one, with that; a trace knows no addresses."""
-    if torch.compiler.is_compiling() or any(map(_sharded.is_sharded, init.values())):
+    if torch.compiler.is_compiling():
+        return {}
+    # one look at each address: this is called for every merge, and few have tied names
+    plain = [tensor for tensor in init.values() if type(tensor) in PLAIN]
+    apart = len({tensor.data_ptr() for tensor in plain}) == len(plain)
+    if apart or any(map(_sharded.is_sharded, init.values())):
         return {}
     first: dict[Any, str] = {}
     found = {}
@@ -90,7 +95,8 @@ def _tied(init: Mapping[str, Tensor], policies: Any) -> dict[str, str]:
         known = first.setdefault(place_of(tensor), key)
         if known != key:
             found[key] = known
-    everyone = list(policies) if found and isinstance(policies, Sequence) else []
+    listed = isinstance(policies, Iterable) and isinstance(policies, Sized)
+    everyone = list(policies) if found and listed else []
     return {
         name: known
         for name, known in found.items()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from warp_fast._sharded import is_sharded
 
+PLAIN = (Tensor, nn.Parameter)  # types of tensors that have an address
 ALIGNMENT = 16  # bytes: one vector load of any kernel never straddles two segments
 
 
@@ -139,7 +140,7 @@ def _named_tensors(
 
 def place_of(tensor: Tensor) -> object:
     """What is equal for tensors that hold the same elements; of no others, nor of none at all."""
-    if tensor.numel() == 0 or tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+    if tensor.numel() == 0 or tensor.is_meta or type(tensor) not in PLAIN:
         return object()
     return tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride(), tensor.dtype
 

@@ -218,16 +218,6 @@ def test_vocabulary_mismatch_names_both_sizes(checkpoints: Any, name: str) -> No
     _refused(init, policy, f"vocabulary of 98 rows in {name}, but 97 in init")
 
 
-def test_a_tilde_is_the_home(
-    saved: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A shell leaves one alone that comes after an equals sign."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    init, policy = ("~" / path.relative_to(tmp_path) for path in saved)
-    merge_checkpoints(init, [str(policy)], "~/merged", progress=False)
-    assert (tmp_path / "merged" / "model.safetensors").exists()
-
-
 def test_names_and_shapes(checkpoints: Any) -> None:
     init = checkpoints.save("init", {"a.weight": torch.zeros(2, 3), "b": torch.zeros(2)})
     for name, weights, match in (

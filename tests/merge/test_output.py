@@ -47,6 +47,18 @@ merge_checkpoints(sys.argv[1], sys.argv[2:4], sys.argv[4], eta=[0.5, 1.0], progr
 """
 
 
+def test_a_tilde_is_the_home(
+    checkpoints: Any, family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves one alone that comes after an equals sign."""
+    start, ends = _saved(checkpoints, family)
+    root = checkpoints.root
+    monkeypatch.setenv("HOME", str(root))
+    init, *policies = ("~" / path.relative_to(root) for path in (start, *ends))
+    merge_checkpoints(init, [str(policy) for policy in policies], "~/merged", progress=False)
+    assert (root / "merged" / "model.safetensors").exists()
+
+
 def test_killed_merge_leaves_nothing_that_looks_complete(checkpoints: Any, family: Any) -> None:
     start, ends = _saved(checkpoints, family)
     output = checkpoints.root / "out"

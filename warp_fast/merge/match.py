@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from warp_fast._solve import first_of
 from warp_fast.merge.checkpoint import Checkpoint, CheckpointError
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -41,8 +42,7 @@ def check_match(init: Checkpoint, policy: Checkpoint, names: list[str], tied: se
 
 
 def _some(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown})"
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({first_of(sorted(names))})"
 
 
 def _shape_fault(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:

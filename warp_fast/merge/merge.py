@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import math
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from warp_fast._backend import resolve
+from warp_fast._solve import warn_linear
 from warp_fast.merge.carry import carry_over
 from warp_fast.merge.checkpoint import Checkpoint, CheckpointError
 from warp_fast.merge.mapped import MappedFiles
@@ -85,7 +85,8 @@ def merge_checkpoints(
         solution = _write_weights(plan, files, directories, progress, served)
         synced = disk.submit(sync, aside)  # while the report is made
         report = _report(plan, solution)
-        _warn_degenerate(report)  # before the output is there: a filter may raise it
+        # before the output is there: a filter may raise it
+        warn_linear("merge", report.degenerate, len(report.segments))
         for directory in directories:
             carry_over(plan, directory)
         write_report(report, directories)
@@ -169,16 +170,6 @@ def _report(plan: MergePlan, solution: Solution | None) -> MergeReport:
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
     )
-
-
-def _warn_degenerate(report: MergeReport) -> None:
-    if report.degenerate:
-        some = ", ".join(report.degenerate[:5]) + (", ..." if len(report.degenerate) > 5 else "")
-        warnings.warn(
-            f"merge: zero, parallel or antiparallel task vectors in {len(report.degenerate)} of "
-            f"{len(report.segments)} segments ({some}); these were merged linearly",
-            stacklevel=3,
-        )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from warp_fast import _ops
+from warp_fast._solve import scaled
 from warp_fast.merge.checkpoint import CheckpointError
 from warp_fast.merge.mapped import MappedFiles, prefetch
 from warp_fast.merge.plan import MergePlan
@@ -130,8 +131,7 @@ class Merger:
         flat = [tensor for policy in policies for tensor in policy]
         position = {segment: s for s, segment in enumerate(step.group)}
         segment = [position[self.segment_of[piece.name]] for piece in step.tile]
-        etas = torch.tensor(self.plan.etas, dtype=torch.float64, device="cpu")
-        rows = etas.view(-1, 1, 1) * coefficients
+        rows = scaled(coefficients, self.plan.etas)
         buffer = self.buffers[0]
         buffer.wait()
         merged = [
