@@ -72,13 +72,18 @@ Loss: TypeAlias = Callable[[Tensor, Batch], Tensor]
 def batch_of(
     kl: str, tokens: int, vocabulary: int, device: torch.device, exact: bool = False
 ) -> Batch:
-    """A peaked policy and an anchor near it; `exact` gives the same numbers in float64."""
+    """A peaked policy and an anchor near it; `exact` gives the same numbers in float64.
+
+    The tokens have logits of about 20, as if sampled: log-probabilities near -0.5 in large
+    vocabularies, some of -5.
+    """
     make: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     shape = SEQUENCES, tokens // SEQUENCES
-    start = torch.randn(*shape, vocabulary, **make).mul_(3).bfloat16()
+    ids = torch.randint(0, vocabulary, shape, **make)
+    start = torch.randn(*shape, vocabulary, **make).mul_(3)
+    start = start.scatter_(-1, ids[..., None], 3 * torch.randn(*shape, 1, **make) + 20).bfloat16()
     anchor = torch.randn(start.shape, **make).mul_(0.5).add_(start).bfloat16()
     start, anchor = (x.to(torch.float64 if exact else x.dtype) for x in (start, anchor))
-    ids = torch.randint(0, vocabulary, shape, **make)
     advantages = torch.randn(SEQUENCES, **make)
     logits = start.clone().requires_grad_() * 1  # no leaf: such a one cannot be written in place
     return Batch(start, logits, anchor, ids, advantages, kl)

@@ -99,19 +99,4 @@ struct Raw {
     }
 };
 
-// What this thread keeps of the policy: vector `k` of the slice, word by word over all vectors, so
-// that neighbours meet no bank conflict.
-template <bool WIDE>
-struct Resident {
-    Word* words;
-    int count;
-
-    __device__ void put(int k, const Raw<WIDE>& raw) const {
-        for (int w = 0; w <= WIDE; ++w) words[w * count + k] = raw.word[w];
-    }
-    __device__ void get(int k, Raw<WIDE>& raw) const {
-        for (int w = 0; w <= WIDE; ++w) raw.word[w] = words[w * count + k];
-    }
-};
-
 }  // namespace warp_fast

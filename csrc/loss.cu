@@ -2,15 +2,13 @@
 //
 // A row is cut into slices, one for each block of a cluster. The blocks add up their slices in fp32
 // a thread and in fp64 from there on, in a fixed order, and read each other's sums from shared
-// memory. Where statistics and gradient are found in one launch, a block keeps its slice of the
-// policy there too, so that the row is read once.
-#include <cooperative_groups.h>
-
+// memory. Where statistics and gradient are found in one launch, a block keeps its slices of policy
+// and anchor there too, so that the row is read once.
 #include <climits>
 #include <type_traits>
 
+#include "cluster.cuh"
 #include "cuda.h"
-#include "lines.cuh"
 
 // before sm_90 there are no clusters: the kernels are empty there, and _backend.py refuses them
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -19,10 +17,6 @@
 
 namespace warp_fast {
 namespace {
-
-namespace cg = cooperative_groups;
-
-constexpr int kThreads = 256;
 
 struct Task {
     LossMatrix logits, anchor;
@@ -45,12 +39,11 @@ __device__ Span span_of(const Slices& slices, int64_t width) {
 
 #ifdef WARP_FAST_CLUSTERS
 
-constexpr int kWarps = kThreads / 32;
-
-// tokens past the last, and the sampled one, count nothing in the sums
-__device__ void leave_out(int count, int sampled, float (&u)[kVector]) {
+// tokens past the last, and the sampled one, count nothing in the sums with such a score
+__device__ __forceinline__ void leave_out(const Place& place, int k, float nothing, float (&u)[kVector]) {
+    const int count = place.count(k), sampled = place.sampled_of(k);
     for (int i = 0; i < kVector; ++i) {
-        if (i >= count || i == sampled) u[i] = -INFINITY;
+        if (i >= count || i == sampled) u[i] = nothing;
     }
 }
 
@@ -59,18 +52,6 @@ __device__ float picked_score(const Line& line, int64_t token, const Task& task)
     if (token < 0 || token >= task.width) return NAN;
     return score(static_cast<float>(load_any(line.begin, token, line.code)), task.head);
 }
-
-// one row and the slice of it that is this block's
-struct Place {
-    Line logits, anchor;
-    int64_t n, token;
-    int part, first, last;  // vectors
-    int short_one, short_count;  // the vector that the end of the row cuts, and what is left of it
-    int sampled_one, sampled;  // the vector of the sampled token, and where it is in there
-
-    __device__ int count(int k) const { return k == short_one ? short_count : kVector; }
-    __device__ int sampled_of(int k) const { return k == sampled_one ? sampled : -1; }
-};
 
 template <bool ANCHOR>
 __device__ Place place_of(const Task& task) {
@@ -90,95 +71,61 @@ __device__ Place place_of(const Task& task) {
     return place;
 }
 
-// the sums of this thread's vectors; KEEP: and the policy into shared memory, as far as it goes
-template <class ASKED, bool WIDE, bool KEEP>
-__device__ Sums<float> thread_sums(const Task& task, const Place& place, float shift,
-                                   const Resident<WIDE>& resident) {
+template <bool WIDE>
+__device__ __forceinline__ void scores_of(const Raw<WIDE>& raw, const Line& line, const Head& head,
+                          float (&u)[kVector]) {
+    raw.get(line.code, u);
+    to_scores(u, head);
+}
+
+template <class ASKED>
+__device__ Bases bases_of(const Task& task, const Place& place) {
+    const float picked = picked_score(place.logits, place.token, task);
+    const float anchor = ASKED::anchor ? picked_score(place.anchor, place.token, task) : 0;
+    return {picked, anchor, ASKED::exact ? shift_of(picked, anchor) : 0.0f};
+}
+
+// this thread's sums; nothing: the scores of policy and anchor of what does not count
+template <class ASKED, class Source, class Add>
+__device__ Sums<float> thread_sums(const Task& task, const Place& place, Source source,
+                                   const Bases& nothing, Add add_vector) {
     Sums<float> sums;
-    Raw<WIDE> raw, ahead, anchor, anchor_ahead;
-    int k = place.first + threadIdx.x;
-    if (k < place.last) {
-        raw.load(place.logits, k);
-        if (ASKED::anchor) anchor.load(place.anchor, k);
-    }
-    for (; k < place.last; k += kThreads) {
-        // the next vectors travel while these are added
-        if (k + kThreads < place.last) {
-            ahead.load(place.logits, k + kThreads);
-            if (ASKED::anchor) anchor_ahead.load(place.anchor, k + kThreads);
-        }
-        if (KEEP && k - place.first < resident.count) resident.put(k - place.first, raw);
-        const bool partial = k == place.short_one || k == place.sampled_one;
+    each_vector(place, source, [&](int k, const auto& pair) {
         float u[kVector], v[kVector];
-        raw.get(place.logits.code, u);
-        to_scores(u, task.head);
-        if (partial) leave_out(place.count(k), place.sampled_of(k), u);
-        if (ASKED::anchor) {
-            anchor.get(place.anchor.code, v);
-            to_scores(v, task.head);
-            if (partial) leave_out(place.count(k), place.sampled_of(k), v);
+        scores_of(pair.logits, place.logits, task.head, u);
+        if (ASKED::anchor) scores_of(pair.anchor, place.anchor, task.head, v);
+        if (place.is_partial(k)) {
+            leave_out(place, k, nothing.policy, u);
+            if (ASKED::anchor) leave_out(place, k, nothing.anchor, v);
         }
-        add<ASKED>(sums, u, v, shift);
-        raw = ahead, anchor = anchor_ahead;
-    }
+        add_vector(sums, u, v);
+    });
     return sums;
 }
 
-template <class T>
-__device__ T largest_of_lanes(T value) {
-    for (int lane = 16; lane > 0; lane /= 2) {
-        value = larger(value, __shfl_xor_sync(0xFFFFFFFFu, value, lane));
-    }
-    return value;
+// the sums of the row, in warp 0 of every block of its cluster
+template <class ASKED, class Source>
+__device__ Sums<double> sums_of(const Task& task, const Place& place, Source source,
+                                const Bases& bases, Shared& shared) {
+    const Bases nothing = {-INFINITY, -INFINITY, 0};
+    const Sums<float> mine = thread_sums<ASKED>(
+        task, place, source, nothing, [&](auto& sums, const auto& u, const auto& v) {
+            add<ASKED>(sums, u, v, bases.shift);
+        });
+    return over_cluster<ASKED, false>(mine, shared);
 }
 
-__device__ double sum_of_lanes(double value) {
-    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, lane);
-    return value;
-}
-
-// the sums of the 32 lanes of a warp as one, the same in each
-template <class ASKED, class T>
-__device__ Sums<double> over_lanes(const Sums<T>& mine) {
-    const T top = largest_of_lanes(mine.top);
-    const T anchor_top = ASKED::anchor ? largest_of_lanes(mine.anchor_top) : mine.anchor_top;
-    const Sums<T> part = lifted<ASKED>(mine, top, anchor_top);
-    Sums<double> all;
-    all.top = top;
-    all.total = sum_of_lanes(part.total);
-    if (ASKED::entropy) all.weighted = sum_of_lanes(part.weighted);
-    if (ASKED::anchor) {
-        all.anchor_top = anchor_top;
-        all.anchor_total = sum_of_lanes(part.anchor_total);
-    }
-    if (ASKED::exact) all.apart = sum_of_lanes(part.apart);
-    return all;
-}
-
-struct Shared {
-    Sums<double> warps[kWarps], block;
-    double state[kRowState];
-};
-
-// The sums of the whole row, in every lane of warp 0 of every block of the cluster. No block may
-// leave before all have read: a barrier of the cluster has to follow.
-template <class ASKED>
-__device__ Sums<double> over_cluster(const Sums<float>& mine, Shared& shared) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Sums<double> sums = over_lanes<ASKED>(mine);
-    if (lane == 0) shared.warps[warp] = sums;
-    __syncthreads();
-    if (warp == 0) {
-        sums = over_lanes<ASKED>(lane < kWarps ? shared.warps[lane] : Sums<double>());
-        if (lane == 0) shared.block = sums;
-    }
-    cg::cluster_group cluster = cg::this_cluster();
-    cluster.sync();
-    if (warp == 0) {
-        Sums<double> part;
-        if (lane < cluster.num_blocks()) part = *cluster.map_shared_rank(&shared.block, lane);
-        sums = over_lanes<ASKED>(part);
-    }
+// the same, right or not
+template <class ASKED, class Source>
+__device__ Sums<double> near_sums_of(const Task& task, const Place& place, Source source,
+                                     const Bases& bases, Shared& shared) {
+    const Bases nothing = {bases.policy + kNothing, bases.anchor + kNothing, 0};
+    const Sums<float> mine = thread_sums<ASKED>(
+        task, place, source, nothing, [&](auto& sums, const auto& u, const auto& v) {
+            add_near<ASKED>(sums, u, v, bases);
+        });
+    Sums<double> sums = over_cluster<ASKED, true>(mine, shared);
+    sums.top = bases.policy, sums.anchor_top = bases.anchor;
     return sums;
 }
 
@@ -188,21 +135,6 @@ __device__ void write_row(const LossStats& stats, int64_t n, const Row& row) {
     stats.anchor_logprobs[n] = static_cast<float>(row.anchor_logprob);
     stats.kl[n] = static_cast<float>(row.kl);
     for (int i = 0; i < kRowState; ++i) stats.state[n * kRowState + i] = row.state[i];
-}
-
-// the row, in thread 0 of every block of its cluster
-template <class ASKED, bool WIDE, bool KEEP>
-__device__ Row row_of(const Task& task, const Place& place, const Resident<WIDE>& resident,
-                      Shared& shared) {
-    const float picked = picked_score(place.logits, place.token, task);
-    float anchor_picked = 0, shift = 0;
-    if (ASKED::anchor) anchor_picked = picked_score(place.anchor, place.token, task);
-    if (ASKED::exact) shift = shift_of(picked, anchor_picked);
-    const Sums<float> mine = thread_sums<ASKED, WIDE, KEEP>(task, place, shift, resident);
-    const Sums<double> sums = over_cluster<ASKED>(mine, shared);
-    Row row = {};
-    if (threadIdx.x == 0) row = finished<ASKED>(sums, picked, anchor_picked);
-    return row;
 }
 
 template <bool WIDE>
@@ -217,40 +149,46 @@ __device__ bool is_zero(const float* upstream) {
     return upstream[0] == 0 && upstream[1] == 0 && upstream[2] == 0;
 }
 
-// dlogits of this block's slice; the policy from shared memory where it is kept
-template <int EXACT, bool WIDE>
-__device__ void store_gradient(const Task& task, const Place& place, const Coefficients& c,
-                               const Resident<WIDE>& resident, const Line& out) {
-    const auto load = [&](int k, Raw<WIDE>& raw, Raw<WIDE>& anchor) {
-        if (k - place.first < resident.count) {
-            resident.get(k - place.first, raw);
-        } else {
-            raw.load(place.logits, k);
-        }
-        if (EXACT) anchor.load(place.anchor, k);
-    };
-    Raw<WIDE> raw, ahead, anchor, anchor_ahead;
-    int k = place.first + threadIdx.x;
-    if (k < place.last) load(k, raw, anchor);
-    for (; k < place.last; k += kThreads) {
-        if (k + kThreads < place.last) load(k + kThreads, ahead, anchor_ahead);
+// dlogits of this block's slice from du / slope of a vector
+template <int EXACT, class Source, class Gradient>
+__device__ void store_gradient(const Task& task, const Place& place, Source source, const Line& out,
+                               Gradient gradient_of) {
+    each_vector(place, source, [&](int k, auto& pair) {
         float u[kVector], v[kVector], du[kVector];
-        raw.get(place.logits.code, u);
-        to_scores(u, task.head);
-        if (EXACT) {
-            anchor.get(place.anchor.code, v);
-            to_scores(v, task.head);
+        scores_of(pair.logits, place.logits, task.head, u);
+        if (EXACT) scores_of(pair.anchor, place.anchor, task.head, v);
+        gradient_of(u, v, place.sampled_of(k), du);
+        if (task.head.capped) {
+            pair.logits.get(place.logits.code, u);
+            through_cap(u, task.head, du);
         }
-        gradient<EXACT>(c, u, v, place.sampled_of(k), du);
-        raw.get(place.logits.code, u);
-        through_head(u, task.head, du);
-        raw.set(out.code, du);
-        raw.store(out, k, place.count(k));
-        raw = ahead, anchor = anchor_ahead;
-    }
+        pair.logits.set(out.code, du);
+        pair.logits.store(out, k, place.count(k));
+    });
 }
 
-extern __shared__ Word pool[];
+template <int EXACT, class Source>
+__device__ void store_far(const Task& task, const Place& place, Source source, const Line& out,
+                          const float* upstream, const double* state) {
+    const Coefficients c = coefficients_of(upstream, state);
+    store_gradient<EXACT>(task, place, source, out,
+                          [&](const auto& u, const auto& v, int sampled, auto& du) {
+                              gradient<EXACT>(c, u, v, sampled, du);
+                              for (float& x : du) x *= task.head.slope;
+                          });
+}
+
+template <int EXACT, class Source>
+__device__ void store_near(const Task& task, const Place& place, Source source, const Line& out,
+                           const float* upstream, const double* state) {
+    const NearCoefficients c = near_coefficients_of<EXACT>(upstream, state, task.head);
+    store_gradient<EXACT>(task, place, source, out,
+                          [&](const auto& u, const auto& v, int sampled, auto& du) {
+                              gradient_near<EXACT>(c, u, v, sampled, du);
+                          });
+}
+
+extern __shared__ Word words[];
 
 #endif
 
@@ -267,8 +205,10 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : 4)
         if (writes) write_row(stats, place.n, {});
         return;
     }
-    const Row row = row_of<ASKED, WIDE, false>(task, place, Resident<WIDE>{}, shared);
-    if (writes) write_row(stats, place.n, row);
+    const Streamed<ASKED::anchor, WIDE> source = {place};
+    const Bases bases = bases_of<ASKED>(task, place);
+    const Sums<double> sums = sums_of<ASKED>(task, place, source, bases, shared);
+    if (writes) write_row(stats, place.n, finished<ASKED>(sums, bases.policy, bases.anchor));
     cg::this_cluster().sync();
 #endif
 }
@@ -282,8 +222,8 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : EXACT ? 3 : 4)
     const Line out = line_of(gradient, place.n, task.width);
     const float* given = upstream + place.n * 3;
     if (is_zero(given)) return store_zeros<WIDE>(place, out);
-    const Coefficients c = coefficients_of(given, state + place.n * kRowState);
-    store_gradient<EXACT>(task, place, c, Resident<WIDE>{nullptr, 0}, out);
+    const Streamed<EXACT != kNoKl, WIDE> source = {place};
+    store_far<EXACT>(task, place, source, out, given, state + place.n * kRowState);
 #endif
 }
 
@@ -301,18 +241,32 @@ __global__ void __launch_bounds__(kThreads, WIDE || ASKED::exact == kForward ? 2
         if (writes) write_row(stats, place.n, {});
         return store_zeros<WIDE>(place, out);
     }
-    const Resident<WIDE> resident = {pool, static_cast<int>(task.slices.resident)};
-    const Row row = row_of<ASKED, WIDE, true>(task, place, resident, shared);
-    if (writes) write_row(stats, place.n, row);
+    using Source = Arriving<ASKED::anchor, WIDE>;
+    const Source first = {place, {words, static_cast<int>(task.slices.resident)}};
+    const typename Source::Kept again = {place, first.pool};
+    const Bases bases = bases_of<ASKED>(task, place);
+    Sums<double> sums = near_sums_of<ASKED>(task, place, first, bases, shared);
+    if (threadIdx.x == 0) shared.near = holds<ASKED>(sums, bases);
+    __syncthreads();
+    if (!shared.near) {  // which all blocks find alike
+        cg::this_cluster().sync();
+        sums = sums_of<ASKED>(task, place, again, bases, shared);
+    }
     if (threadIdx.x == 0) {
+        const Row row = finished<ASKED>(sums, bases.policy, bases.anchor);
+        if (writes) write_row(stats, place.n, row);
         for (int i = 0; i < kRowState; ++i) shared.state[i] = row.state[i];
+        if (shared.near) rebase(shared.state);
     }
     // all have read the sampled logit and each other's sums by now: the row may be written
     cg::this_cluster().sync();
     const float* given = upstream + place.n * 3;
     if (is_zero(given)) return store_zeros<WIDE>(place, out);
-    const Coefficients c = coefficients_of(given, shared.state);
-    store_gradient<ASKED::exact>(task, place, c, resident, out);
+    if (shared.near) {
+        store_near<ASKED::exact>(task, place, again, out, given, shared.state);
+    } else {
+        store_far<ASKED::exact>(task, place, again, out, given, shared.state);
+    }
 #endif
 }
 
@@ -340,39 +294,22 @@ bool is_wide(const LossRows& rows) {
     return rows.logits.code == kFp32 || (rows.anchor.address && rows.anchor.code == kFp32);
 }
 
-// shared: bytes that a block may use to keep its slice of the policy
-Task task_of(const LossRows& rows, int64_t shared) {
-    return {rows.logits,
-            rows.anchor,
-            rows.token_ids,
-            rows.width,
-            head_of(rows.softcap, rows.temperature),
-            slices_of(rows.width, is_wide(rows) ? 4 : 2, shared)};
+Task task_of(const LossRows& rows, const Slices& slices) {
+    return {rows.logits, rows.anchor, rows.token_ids, rows.width,
+            head_of(rows.softcap, rows.temperature), slices};
 }
 
-int64_t shared_of_a_block() {
-    int device = 0, bytes = 0;
-    check(cudaGetDevice(&device), "finding the device");
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          "asking for the shared memory of a block");
-    return bytes;
-}
+// of the launches that keep nothing
+Task task_of(const LossRows& rows) { return task_of(rows, slices_of(rows.width, 2, 0)); }
 
-// one cluster for each row
+// one cluster for each row; shared: bytes that a block takes
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const LossRows& rows, const Task& task, void* stream,
-            Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), const LossRows& rows, const Task& task, int64_t shared,
+            void* stream, Arguments... arguments) {
     const int64_t most = INT_MAX / task.slices.parts;
     if (rows.rows > most) {
         throw std::invalid_argument("the cuda backend takes up to " + std::to_string(most) +
                                     " rows of this width; got " + std::to_string(rows.rows));
-    }
-    const int64_t bytes = task.slices.resident * kVector * (is_wide(rows) ? 4 : 2);
-    if (bytes > 0) {
-        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(bytes)),
-              "asking for shared memory");
     }
     const unsigned parts = static_cast<unsigned>(task.slices.parts);
     cudaLaunchAttribute cluster = {};
@@ -382,11 +319,42 @@ void launch(void (*kernel)(Parameters...), const LossRows& rows, const Task& tas
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(rows.rows) * parts);
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &cluster;
     config.numAttrs = 1;
     check(cudaLaunchKernelEx(&config, kernel, task, arguments...), "launching the loss");
+}
+
+// How many blocks of a kernel may share a row, where each takes as much shared memory: more than
+// every GPU with clusters has, on those that have it.
+template <class Kernel>
+int most_parts(Kernel* kernel, int64_t shared) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "asking for large clusters");
+    cudaLaunchConfig_t config = {};
+    config.blockDim = dim3(kThreads);
+    config.gridDim = dim3(2 * kMaxParts);
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    int found = 0;
+    check(cudaOccupancyMaxPotentialClusterSize(&found, kernel, &config), "asking for clusters");
+    return found < 2 * kMaxParts ? kMaxParts : 2 * kMaxParts;
+}
+
+// rows that the blocks keep in shared memory, as far as it goes
+template <class Kernel, class... Arguments>
+void launch_kept(Kernel* kernel, const LossRows& rows, void* stream, Arguments... arguments) {
+    int device = 0, most = 0;
+    check(cudaGetDevice(&device), "finding the device");
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "asking for the shared memory of a block");
+    most -= kStatic;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+          "asking for shared memory");
+    const int bytes = (is_wide(rows) ? 4 : 2) * (rows.anchor.address ? 2 : 1);
+    const int parts = most_parts(kernel, kPart);
+    const Task task = task_of(rows, slices_of(rows.width, bytes, most, parts));
+    launch(kernel, rows, task, task.slices.resident * kVector * bytes, stream, arguments...);
 }
 
 // call `run` with the flag as a constant
@@ -407,9 +375,9 @@ void as_constant(ExactKl exact_kl, Run run) {
 void loss_stats_cuda(const LossRows& rows, const uint8_t* kept, bool entropy,
                      const LossStats& stats, void* stream) {
     if (rows.rows == 0) return;
-    const Task task = task_of(rows, 0);
+    const Task task = task_of(rows);
     const auto run = [&](auto wide, auto asked) {
-        launch(stats_kernel<decltype(asked), decltype(wide)::value>, rows, task, stream, kept,
+        launch(stats_kernel<decltype(asked), decltype(wide)::value>, rows, task, 0, stream, kept,
                stats);
     };
     as_constant(is_wide(rows), [&](auto wide) {
@@ -426,11 +394,11 @@ void loss_stats_cuda(const LossRows& rows, const uint8_t* kept, bool entropy,
 void loss_gradient_cuda(const LossRows& rows, const float* upstream, const double* state,
                         const LossMatrix& gradient, void* stream) {
     if (rows.rows == 0) return;
-    const Task task = task_of(rows, 0);
+    const Task task = task_of(rows);
     as_constant(is_wide(rows), [&](auto wide) {
         as_constant(rows.exact_kl, [&](auto exact_kl) {
             launch(gradient_kernel<decltype(exact_kl)::value, decltype(wide)::value>, rows, task,
-                   stream, upstream, state, gradient);
+                   0, stream, upstream, state, gradient);
         });
     });
 }
@@ -438,10 +406,9 @@ void loss_gradient_cuda(const LossRows& rows, const float* upstream, const doubl
 void loss_fused_cuda(const LossRows& rows, const uint8_t* kept, const float* upstream,
                      const LossStats& stats, const LossMatrix& gradient, void* stream) {
     if (rows.rows == 0) return;
-    const Task task = task_of(rows, shared_of_a_block());
     const auto run = [&](auto wide, auto asked) {
-        launch(fused_kernel<decltype(asked), decltype(wide)::value>, rows, task, stream, kept,
-               upstream, stats, gradient);
+        launch_kept(fused_kernel<decltype(asked), decltype(wide)::value>, rows, stream, kept,
+                    upstream, stats, gradient);
     };
     as_constant(is_wide(rows), [&](auto wide) {
         if (!rows.anchor.address) return run(wide, Asked<true, false, kNoKl>());

@@ -97,9 +97,8 @@ def token_stats_fused_cuda_(
     """The statistics, entropy among them, and their gradient over the logits, in one launch.
 
     upstream: [N, 3], known before the statistics are.
-    Traffic: reads policy and anchor once and writes the gradient, 6 bytes per bf16 logit: the
-        policy stays in shared memory as far as it fits (rows of 256k do on Hopper), the anchor in
-        the cache of the GPU.
+    Traffic: reads policy and anchor once and writes the gradient, 6 bytes per bf16 logit: both
+        stay in shared memory as far as they fit (rows of 256k do on Hopper).
     """
     if reference.compute_dtype(logits, anchor_logits) == torch.float64:
         rest = (anchor_logits, temperature, softcap, exact_kl)
