@@ -17,7 +17,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-OPS = dict(cpu="ema gram loss slerp", avx2="ema gram loss slerp", cuda="ema gram loss slerp")
+OPS = "ema gram loss slerp"
+OBJECTS = {"cpu": f"bindings {OPS}", "avx2": OPS, "cuda": f"bindings {OPS}"}
 
 
 def cuda_archs() -> str:
@@ -32,7 +33,7 @@ def cuda_archs() -> str:
 def ninja_file(target: str, archs: str) -> str:
     x86 = platform.machine() == "x86_64"
     parts = ["cpu"] + ["avx2"] * x86 + ["cuda"] * bool(archs)
-    objects = " ".join(["bindings.o", *(f"{op}.{p}.o" for p in parts for op in OPS[p].split())])
+    objects = " ".join(f"{name}.{part}.o" for part in parts for name in OBJECTS[part].split())
     return f"""src = {ROOT}/csrc
 cxx = {os.environ.get("CXX", "c++")}
 defines = {"-DWARP_FAST_HAS_AVX2" * x86}
@@ -44,7 +45,7 @@ build {target}: {"link_cuda" if archs else "link"} {objects}
 """
 
 
-class NinjaBuild(build_ext):
+class Ninja(build_ext):
     def build_extension(self, ext: Extension) -> None:
         os.makedirs(scratch := ROOT / "build/ninja", exist_ok=True)
         target = os.path.abspath(self.get_ext_fullpath(ext.name))
@@ -55,5 +56,4 @@ class NinjaBuild(build_ext):
         raise CompileError("warp_fast._C was not built; `warp-fast doctor` says what is missing")
 
 
-ext = Extension("warp_fast._C", [], optional=True)
-setup(ext_modules=[ext], cmdclass={"build_ext": NinjaBuild})
+setup(ext_modules=[Extension("warp_fast._C", [], optional=True)], cmdclass={"build_ext": Ninja})

@@ -1,26 +1,17 @@
 // warp_fast._C: the compiled kernels, over addresses, sizes and dtype codes of tensors that torch
 // owns. The launchers in warp_fast/native/ are its only callers and check what they pass.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
-#include <tuple>
-#include <vector>
 
+#include "bindings.h"
 #include "cpu.h"
-#ifdef WARP_FAST_HAS_CUDA
-#include "cuda.h"
-#endif
-
-namespace py = pybind11;
 
 namespace warp_fast {
 namespace {
 
-using Addresses = std::vector<uintptr_t>;
 using Sizes = std::vector<int64_t>;
 using Codes = std::vector<int>;
 
@@ -44,8 +35,6 @@ bool has_avx2() {
 int used_threads(int64_t elements, int threads) {
     return static_cast<int>(std::clamp<int64_t>(elements / kPerThread, 1, threads));
 }
-
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 void ema_update(const Addresses& ema, const Addresses& params, const Addresses& residual,
                 const Sizes& size, const Codes& ema_code, const Codes& param_code,
@@ -132,14 +121,6 @@ void slerp_apply(const Addresses& addresses, const Codes& codes, const Sizes& si
     WARP_FAST_DISPATCH(apply, merge.call);
 }
 
-// address or 0; stride, run and jump of the rows; dtype code
-using Matrix = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int>;
-
-LossMatrix loss_matrix(const Matrix& of) {
-    const auto [address, stride, run, jump, code] = of;
-    return {pointer(address), stride, run, jump, code};
-}
-
 LossCall loss_call(const Matrix& logits, const Matrix& anchor, uintptr_t index, uintptr_t token_ids,
                    int64_t rows, int64_t width, int64_t first, double softcap, double temperature,
                    int threads) {
@@ -171,19 +152,6 @@ void loss_gradient(const Matrix& logits, const Matrix& anchor, uintptr_t index, 
     WARP_FAST_DISPATCH(loss_gradient, call);
 }
 
-#ifdef WARP_FAST_HAS_CUDA
-LossRows loss_rows(const Matrix& logits, const Matrix& anchor, uintptr_t token_ids, int64_t rows,
-                   int64_t width, double softcap, double temperature, int exact_kl) {
-    return {loss_matrix(logits), loss_matrix(anchor), static_cast<int64_t*>(pointer(token_ids)),
-            rows, width, softcap, temperature, static_cast<ExactKl>(exact_kl)};
-}
-
-LossStats loss_stats_at(const Addresses& found) {
-    const auto of = [&](int i) { return static_cast<float*>(pointer(found.at(i))); };
-    return {of(0), of(1), of(2), of(3), static_cast<double*>(pointer(found.at(4)))};
-}
-#endif
-
 // Asks for huge pages where new memory is about to be written: the faults of small ones cost more
 // than the kernels.
 void advise_huge_pages(uintptr_t address, int64_t bytes) {
@@ -211,73 +179,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("instructions") = has_avx2() ? "avx2" : "baseline";
 #ifdef WARP_FAST_HAS_CUDA
     m.attr("has_cuda") = true;
-    m.attr("EMA_BLOCK") = kEmaBlock;
-    m.attr("GRAM_CHUNK") = kGramChunk;
-    m.attr("APPLY_BLOCK") = kApplyBlock;
-    m.def("ema_update_cuda", [](uintptr_t table, uintptr_t block_entry, int64_t blocks, int storage,
-                                int ema_code, int param_code, bool aligned, double rate,
-                                uintptr_t device_rate, int rate_code, uint32_t key_in,
-                                uint32_t key_out, uintptr_t stream) {
-        ema_update_cuda(static_cast<const int64_t*>(pointer(table)),
-                        static_cast<const int32_t*>(pointer(block_entry)), blocks, storage,
-                        ema_code, param_code, aligned, rate, pointer(device_rate), rate_code,
-                        key_in, key_out, pointer(stream));
-    });
-    m.def("gram_cuda", [](uintptr_t table, uintptr_t block_entry, int64_t blocks, int policies,
-                          uint64_t codes, bool aligned, uintptr_t partial, uintptr_t stream) {
-        gram_cuda(static_cast<const int64_t*>(pointer(table)),
-                  static_cast<const int32_t*>(pointer(block_entry)), blocks, policies, codes,
-                  aligned, static_cast<double*>(pointer(partial)), pointer(stream));
-    });
-    m.def("gram_sum_cuda", [](uintptr_t partial, uintptr_t bounds, uintptr_t gram, int64_t segments,
-                              int policies, uintptr_t stream) {
-        gram_sum_cuda(static_cast<const double*>(pointer(partial)),
-                      static_cast<const int64_t*>(pointer(bounds)),
-                      static_cast<double*>(pointer(gram)), segments, policies, pointer(stream));
-    });
-    m.def("slerp_apply_cuda", [](uintptr_t table, uintptr_t block_entry, int64_t blocks,
-                                 int policies, int64_t rows, int64_t segments, uint64_t codes,
-                                 int out_code, bool aligned, uintptr_t coefficients,
-                                 uintptr_t stream) {
-        slerp_apply_cuda(static_cast<const int64_t*>(pointer(table)),
-                         static_cast<const int32_t*>(pointer(block_entry)), blocks, policies, rows,
-                         segments, codes, out_code, aligned,
-                         static_cast<const double*>(pointer(coefficients)), pointer(stream));
-    });
-    m.def("loss_stats_cuda", [](const Matrix& logits, const Matrix& anchor, uintptr_t token_ids,
-                                int64_t rows, int64_t width, double softcap, double temperature,
-                                int exact_kl, uintptr_t kept, bool entropy, const Addresses& stats,
-                                uintptr_t stream) {
-        loss_stats_cuda(loss_rows(logits, anchor, token_ids, rows, width, softcap, temperature,
-                                  exact_kl),
-                        static_cast<const uint8_t*>(pointer(kept)), entropy, loss_stats_at(stats),
-                        pointer(stream));
-    });
-    m.def("loss_gradient_cuda", [](const Matrix& logits, const Matrix& anchor, uintptr_t token_ids,
-                                   int64_t rows, int64_t width, double softcap, double temperature,
-                                   int exact_kl, uintptr_t upstream, uintptr_t state,
-                                   const Matrix& gradient, uintptr_t stream) {
-        loss_gradient_cuda(loss_rows(logits, anchor, token_ids, rows, width, softcap, temperature,
-                                     exact_kl),
-                           static_cast<const float*>(pointer(upstream)),
-                           static_cast<const double*>(pointer(state)), loss_matrix(gradient),
-                           pointer(stream));
-    });
-    m.def("loss_fused_cuda", [](const Matrix& logits, const Matrix& anchor, uintptr_t token_ids,
-                                int64_t rows, int64_t width, double softcap, double temperature,
-                                int exact_kl, uintptr_t kept, uintptr_t upstream,
-                                const Addresses& stats, const Matrix& gradient, uintptr_t stream) {
-        loss_fused_cuda(loss_rows(logits, anchor, token_ids, rows, width, softcap, temperature,
-                                  exact_kl),
-                        static_cast<const uint8_t*>(pointer(kept)),
-                        static_cast<const float*>(pointer(upstream)), loss_stats_at(stats),
-                        loss_matrix(gradient), pointer(stream));
-    });
-    m.def("loss_scale_cuda", [](const Matrix& matrix, int64_t rows, int64_t width, uintptr_t factor,
-                                uintptr_t stream) {
-        loss_scale_cuda(loss_matrix(matrix), rows, width,
-                        static_cast<const float*>(pointer(factor)), pointer(stream));
-    });
+    bind_cuda(m);
 #else
     m.attr("has_cuda") = false;
 #endif

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import warp_fast
+from tests.cuda_on_cpu import cuda_kernels as cuda_kernels
 
 _NO_GPU = pytest.mark.skip(reason="needs a CUDA device")
 _PACKAGE = Path(warp_fast.__file__).parent

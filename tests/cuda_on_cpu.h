@@ -28,6 +28,8 @@ struct dim3 {
 
 using cudaStream_t = void*;
 
+inline dim3 threadIdx, blockIdx, gridDim;  // of the thread that runs
+
 namespace on_cpu {
 
 struct Barrier {
@@ -60,7 +62,7 @@ struct Thread {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(1 << 16);
     bool done;
-    dim3 thread, block_number;
+    dim3 number, block_number;
     Block* block;
     std::deque<std::vector<Copy>> copies;
 };
@@ -110,7 +112,9 @@ inline void finish() {
     swapcontext(&now->context, &scheduler);
 }
 
-inline void run_cluster(unsigned first, unsigned count, unsigned threads, size_t shared) {
+// blocks first .. first + count of row y of the grid
+inline void run_cluster(unsigned first, unsigned y, unsigned count, dim3 grid, unsigned threads,
+                        size_t shared) {
     static std::vector<std::unique_ptr<Thread>> all;
     while (all.size() < count * threads) all.emplace_back(new Thread);
     cluster = {static_cast<int>(count * threads)};
@@ -119,7 +123,7 @@ inline void run_cluster(unsigned first, unsigned count, unsigned threads, size_t
     for (unsigned i = 0; i < count * threads; ++i) {
         Thread& one = *all[i];
         one.done = false, one.block = &blocks[i / threads];
-        one.thread = dim3(i % threads), one.block_number = dim3(first + i / threads);
+        one.number = dim3(i % threads), one.block_number = dim3(first + i / threads, y);
         one.copies.assign(1, {});
         getcontext(&one.context);
         one.context.uc_stack.ss_sp = one.stack.data();
@@ -132,6 +136,7 @@ inline void run_cluster(unsigned first, unsigned count, unsigned threads, size_t
         for (unsigned i = 0; i < count * threads; ++i) {
             if (all[i]->done) continue;
             now = all[i].get();
+            threadIdx = now->number, blockIdx = now->block_number, gridDim = grid;
             swapcontext(&scheduler, &now->context);
             left -= now->done;
         }
@@ -144,16 +149,15 @@ auto launched(Kernel kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t,
     return [=](auto... arguments) {
         if (shared + 1024 > static_cast<size_t>(shared_of_a_block)) fail("too much shared memory");
         body = [=] { kernel(arguments...); };
-        for (unsigned first = 0; first < grid.x; first += parts) {
-            run_cluster(first, parts, block.x, shared);
+        for (unsigned y = 0; y < grid.y; ++y) {
+            for (unsigned first = 0; first < grid.x; first += parts) {
+                run_cluster(first, y, parts, grid, block.x, shared);
+            }
         }
     };
 }
 
 }  // namespace on_cpu
-
-#define threadIdx on_cpu::now->thread
-#define blockIdx on_cpu::now->block_number
 
 inline void __syncthreads() { on_cpu::wait(on_cpu::now->block->barrier); }
 
@@ -207,6 +211,23 @@ To bits_as(From from) {
 }
 inline float __uint_as_float(uint32_t bits) { return bits_as<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return bits_as<uint32_t>(value); }
+
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dsub_rn(double a, double b) { return a - b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+
+struct uint2 {
+    unsigned x, y;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct __half {
     unsigned short bits;

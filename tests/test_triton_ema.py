@@ -1,6 +1,7 @@
-"""The Triton EMA kernel against the reference, bit for bit; on a GPU that of csrc/ema.cu as well.
+"""The EMA kernels of Triton and CUDA against the reference, bit for bit.
 
-On CUDA tensors where there is a GPU, else on CPU tensors under the interpreter of Triton.
+On CUDA tensors where there is a GPU, else on CPU tensors under the interpreter of Triton and as
+tests/cuda_on_cpu.py runs csrc/ema.cu.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cuda_on_cpu import ABSENT
 from warp_fast import _table
-from warp_fast._backend import MISSING
 from warp_fast.native.ema import ema_update_cuda_
 from warp_fast.reference.ema import ema_update_reference_, split_float32
 
@@ -30,8 +31,10 @@ if DEVICE == "cpu" and type(kernels._ema_kernel).__name__ != "InterpretedFunctio
     raise RuntimeError("something imported triton before this file set TRITON_INTERPRET=1")
 
 UPDATES = [kernels.ema_update_triton_]
-if DEVICE == "cuda" and MISSING["cuda"] is None:
+if ABSENT is None:
     UPDATES.append(ema_update_cuda_)
+
+pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
 # one element; a run below, at and above one vector; one block; several; empty in the middle
 SIZES = [1, 7, 8, 0, 4096, 9001]
@@ -206,8 +209,8 @@ def test_elements_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, shift: int) 
 # --- the pointer table ---------------------------------------------------------------------------
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """A function that says how many tables were built since."""
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    """A function that says how many tables every kernel has built since."""
     built = []
     original: Any = _table.launches_of
 
@@ -216,7 +219,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         return original(*arguments)
 
     monkeypatch.setattr(_table, "launches_of", counting)
-    return lambda: len(built)
+    return lambda: len(built) / len(UPDATES)
 
 
 def test_table_is_built_once_for_unmoved_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""The Triton passes of SLERP: Grams and coefficients against fp64, merged weights bit for bit.
+"""SLERP in Triton and CUDA: Grams and coefficients against fp64, merged weights bit for bit.
 
-On CUDA tensors where there is a GPU, and those of csrc/ as well; else on CPU tensors under the
-interpreter of Triton.
+On CUDA tensors where there is a GPU, else on CPU tensors under the interpreter of Triton and as
+tests/cuda_on_cpu.py runs csrc/*.cu.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from warp_fast._backend import MISSING
+from tests.cuda_on_cpu import ABSENT
 from warp_fast.native import slerp as native
 from warp_fast.native._addresses import extension
 from warp_fast.reference.slerp import (
@@ -39,9 +39,11 @@ if DEVICE == "cpu" and type(gram_pass._gram_kernel).__name__ != "InterpretedFunc
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 GRAMS, APPLIES = [gram_pass.gram_triton], [apply_pass.slerp_apply_triton_]
-if DEVICE == "cuda" and MISSING["cuda"] is None:
+if ABSENT is None:
     GRAMS.append(native.gram_cuda)
     APPLIES.append(native.slerp_apply_cuda_)
+pytestmark = pytest.mark.usefixtures("cuda_kernels")
+
 # one element; below, at and above one vector; empty; more than one block of the apply pass
 SIZES = [1, 7, 0, 2304, 8, 2500]
 SEGMENT = [2, 0, 1, 0, 3, 2]  # out of order; segment 1 holds only the empty tensor, 4 none
@@ -232,17 +234,9 @@ def test_infinite_weights_show_in_the_gram() -> None:
     )
 
 
-# (gram, elements of its blocks, apply, elements of its blocks)
-FAR = [(GRAMS[0], gram_pass.tiling(2).chunk, APPLIES[0], apply_pass._BLOCK)]
-if len(GRAMS) > 1:
-    FAR.append((GRAMS[1], extension().GRAM_CHUNK, APPLIES[1], extension().APPLY_BLOCK))
-
-
 @pytest.mark.parametrize("shift", [2**31, 2**33])
-@pytest.mark.parametrize("far", FAR, ids=["triton", "cuda"][: len(FAR)])
-def test_elements_past_2_to_the_31(
-    monkeypatch: pytest.MonkeyPatch, far: tuple[Any, int, Any, int], shift: int
-) -> None:
+@pytest.mark.parametrize("which", range(len(GRAMS)), ids=["triton", "cuda"][: len(GRAMS)])
+def test_elements_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, which: int, shift: int) -> None:
     """The tables are rewritten so that the blocks lie `shift` elements after their base address."""
 
     def shifted(block: int, counts_blocks: bool) -> None:
@@ -260,15 +254,17 @@ def test_elements_past_2_to_the_31(
 
         monkeypatch.setattr(tables, "launches_of", launches_of)
 
-    gram, chunk, apply, block = far
+    chunk, block = gram_pass.tiling(2).chunk, apply_pass._BLOCK
+    if which == 1:
+        chunk, block = extension().GRAM_CHUNK, extension().APPLY_BLOCK
     this = sys.modules[__name__]
     init, policies = weights(2)
     with monkeypatch.context() as monkeypatch:
-        monkeypatch.setattr(this, "GRAMS", [gram])
+        monkeypatch.setattr(this, "GRAMS", [GRAMS[which]])
         shifted(chunk, True)
         check_gram(init, policies)
     with monkeypatch.context() as monkeypatch:
-        monkeypatch.setattr(this, "APPLIES", [apply])
+        monkeypatch.setattr(this, "APPLIES", [APPLIES[which]])
         shifted(block, False)
         check_apply(init, policies)
 
@@ -312,7 +308,7 @@ torch.testing.assert_close(
 
 def test_public_functions_and_ops() -> None:
     """In a process of its own: whether CPU tensors are served is decided when warp_fast loads."""
-    backends = ["reference", "triton", "cuda"][: 1 + len(GRAMS)]
+    backends = ["reference", "triton"] + ["cuda"] * (DEVICE == "cuda" and ABSENT is None)
     subprocess.run([sys.executable, "-c", PUBLIC, DEVICE, *backends], check=True)
 
 

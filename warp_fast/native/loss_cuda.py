@@ -42,7 +42,7 @@ def token_stats_cuda(
         rows = _Arguments(logits, anchor_logits, token_ids, temperature, softcap, exact_kl)
         kept = _bytes(mask)
         extension().loss_stats_cuda(
-            *rows.arguments, kept.data_ptr(), entropy, addresses(found), _stream()
+            rows.arguments, kept.data_ptr(), entropy, addresses(found), _stream()
         )
     return tuple(found)
 
@@ -78,7 +78,7 @@ def token_stats_backward_cuda(
         rows = _Arguments(logits, anchor, token_ids, *head)
         written = with_unit_stride(dlogits)
         extension().loss_gradient_cuda(
-            *rows.arguments, upstream.data_ptr(), state.data_ptr(), matrix(written), _stream()
+            rows.arguments, upstream.data_ptr(), state.data_ptr(), matrix(written), _stream()
         )
     copied_back([dlogits], [written])
     return dlogits
@@ -111,7 +111,7 @@ def token_stats_fused_cuda_(
         rows = _Arguments(logits, anchor_logits, token_ids, temperature, softcap, exact_kl)
         kept = _bytes(mask)
         extension().loss_fused_cuda(
-            *rows.arguments,
+            rows.arguments,
             kept.data_ptr(),
             upstream.data_ptr(),
             addresses(found),
