@@ -107,7 +107,7 @@ def test_anchor_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype], check:
     check([leaves[0].to(dtypes[0])], [anchor[0].to(dtypes[1])], ids, kl="reverse")
 
 
-# less than a vector, whole vectors, several blocks, GPT-2, and Gemma's, one with a short last slice;
+# below a vector, whole vectors, several blocks, GPT-2, and Gemma's, one with a short last slice;
 # then more than shared memory keeps
 @either
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
