@@ -132,7 +132,7 @@ def test_opcheck(kl: str, backend: str) -> None:
         hidden.requires_grad_(), weight.requires_grad_(), *others, rows.token_ids, rows.mask,
         rows.sequence, rows.mask.clone(), rows.sequence.clone(), rows.count, rows.longest,
         terms.advantages, None, terms.old_logprobs,
-        [0.2, 0.3], 0.3, kl, True,
+        [0.2, 0.3], torch.tensor(0.3), kl, True,
     )  # fmt: skip
     for needs in [(True, True), (False, False)]:
         torch.library.opcheck(_loss_ops.LINEAR_LOSS[backend], (*given, *needs))

@@ -90,18 +90,45 @@ def test_a_step_under_autocast(backend: str) -> None:
 
 @served
 def test_a_compiled_step_is_the_step(backend: str) -> None:
-    """Backbone and loss in one graph, and one for batches and normalizers of every size."""
+    """Backbone and loss in one graph, and one for batches, normalizers and betas of every size."""
     torch.compiler.reset()
     policy, plain, anchor = SmallLM(), SmallLM(), SmallLM(seed=1)
     compiled = torch.compile(policy.loss, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
         for sequences in (2, 3, 5, 8, 9, 17):
             given = batch(sequences)
-            options = {"normalizer": float(sequences), "backend": backend}
+            options = {"normalizer": 1.0 * sequences, "beta": 0.1 * sequences, "backend": backend}
             for module, loss in ((policy, compiled), (plain, plain.loss)):
                 module.zero_grad()
                 loss(given, anchor.logprobs(given), **options).backward()
             torch.testing.assert_close(gradients(policy), gradients(plain), rtol=1e-5, atol=1e-7)
+
+
+@served
+@pytest.mark.parametrize("kl", ["reward", "k2", "k3", "reverse"])
+@pytest.mark.parametrize("form", ["logits", "linear"])
+def test_a_beta_that_a_trace_cannot_look_at(form: str, kl: Any, backend: str) -> None:
+    """One graph for all; with a beta of 0 that of no KL, which may be infinite."""
+    given = arguments(form, B, T)
+    if kl != "reverse":
+        given = {k: v for k, v in given.items() if not k.startswith("anchor")}
+        given["anchor_logprobs"] = -torch.rand(B, T)
+
+    def loss(beta: Tensor | float, given: dict[str, Any]) -> Tensor:
+        found: Tensor = loss_of(given, beta=beta, kl=kl, backend=backend).loss
+        return found
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    leaf = given["logits" if form == "logits" else "hidden"]
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for beta in (0.1, 0.7, 0.0):
+            if beta == 0 and kl != "reverse":
+                given["anchor_logprobs"][0, 0] = -torch.inf
+            found, expected = compiled(torch.tensor(beta), given), loss(beta, given)
+            torch.testing.assert_close(found, expected)
+            slopes = [torch.autograd.grad(x, leaf)[0] for x in (found, expected)]
+            torch.testing.assert_close(*slopes)
 
 
 @served

@@ -33,7 +33,7 @@ class Terms:
     anchor_logprobs: Tensor | None
     old_logprobs: Tensor | None
     clip_range: tuple[float, float] | None
-    beta: float
+    beta: float | Tensor
     kl: str
 
     def at(self, part: slice | Tensor) -> Terms:
@@ -52,18 +52,33 @@ def number(name: str, given: Any) -> Any:
     if isinstance(given, (float, int, torch.SymFloat, torch.SymInt)):
         return given
     if isinstance(given, Tensor):
-        if given.dim() != 0 or given.dtype.is_complex or given.requires_grad:
-            raise TypeError(
-                f"{name} must be a number, or a real 0-dim tensor that requires no gradient, for "
-                f"it gets none; got {tuple(given.shape)} {given.dtype}, "
-                f"requires_grad={given.requires_grad}"
-            )
+        _check_scalar(name, given)
         return given.item()
     if isinstance(given, Real):
         return float(given)
     if getattr(given, "ndim", None) == 0 and hasattr(given, "item"):  # an array of numpy
         return number(name, given.item())
     raise TypeError(f"{name} must be a number; got {type(given).__name__}")
+
+
+def _check_scalar(name: str, given: Tensor) -> None:
+    if given.dim() != 0 or given.dtype.is_complex or given.requires_grad:
+        raise TypeError(
+            f"{name} must be a number, or a real 0-dim tensor that requires no gradient, for "
+            f"it gets none; got {tuple(given.shape)} {given.dtype}, "
+            f"requires_grad={given.requires_grad}"
+        )
+
+
+def strength(given: Any, device: torch.device) -> Any:
+    """beta: a number, or on the device a 0-dim tensor that cannot be looked at."""
+    if isinstance(given, Tensor) and not can_look(given):
+        _check_scalar("beta", given)
+        return given.to(device, non_blocking=True)
+    beta = number("beta", given)
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and >= 0; got {beta}")
+    return beta
 
 
 def head(temperature: float, softcap: float | None) -> tuple[float, float | None]:
@@ -253,13 +268,12 @@ def terms(
     has_anchor: bool,
     anchor_logprobs: Tensor | None,
     old_logprobs: Tensor | None,
-    beta: float,
+    beta: float | Tensor,
     kl: str,
     clip_range: float | tuple[float, float] | None,
 ) -> Terms:
     """Check what the objective is made of, and lay it out per token."""
-    beta = number("beta", beta)
-    _check_kl(kl, beta, has_anchor, anchor_logprobs)
+    _check_kl(kl, has_anchor, anchor_logprobs)
     if clip_range is not None and old_logprobs is None:
         raise ValueError("clip_range must come with old_logprobs, whose ratio it clips; got none")
     return Terms(
@@ -267,12 +281,12 @@ def terms(
         _per_token(rows, anchor_logprobs, "anchor_logprobs"),
         _per_token(rows, old_logprobs, "old_logprobs", finite=True),
         _clip_bounds(clip_range),
-        beta,
+        strength(beta, rows.mask.device),
         kl,
     )
 
 
-def _check_kl(kl: str, beta: float, has_anchor: bool, anchor_logprobs: Tensor | None) -> None:
+def _check_kl(kl: str, has_anchor: bool, anchor_logprobs: Tensor | None) -> None:
     if kl == "k1":
         raise ValueError(
             "kl='k1' as a loss has zero gradient in expectation; use 'reward' (k1 inside the "
@@ -280,8 +294,6 @@ def _check_kl(kl: str, beta: float, has_anchor: bool, anchor_logprobs: Tensor | 
         )
     if kl not in _KINDS:
         raise ValueError(f"kl must be one of {', '.join(_KINDS)}; got {kl!r}")
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta must be finite and >= 0; got {beta}")
     if has_anchor and anchor_logprobs is not None:
         raise ValueError(
             "the anchor must be given once; got anchor_logprobs and its logits or hidden states"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ _LINEAR_LOSS_SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? anchor_hidden, Tensor? anchor_weight, "
     "float temperature, float? softcap, Tensor token_ids, Tensor mask, Tensor sequence, "
     "Tensor? host_mask, Tensor? host_sequence, SymInt count, SymInt longest, Tensor advantages, "
-    "Tensor? anchor_logprobs, Tensor? old_logprobs, float[]? clip_range, float beta, str kl, "
+    "Tensor? anchor_logprobs, Tensor? old_logprobs, float[]? clip_range, Tensor beta, str kl, "
     "bool entropy, bool needs_hidden, bool needs_weight) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -63,13 +64,19 @@ class Call(NamedTuple):
         on_host = rows.on_host or (None, None)
         layout = (rows.token_ids, rows.mask, rows.sequence, *on_host, rows.count, rows.longest)
         given = (terms.advantages, terms.anchor_logprobs, terms.old_logprobs)
-        how = (terms.clip_range, terms.beta, terms.kl)
+        # a tensor, since a trace is tied to the value of a number that an op takes
+        beta = terms.beta * torch.ones((), dtype=torch.float64, device="cpu")
+        how = (terms.clip_range, beta, terms.kl)
         return *self.heads, *layout, *given, *how, self.entropy, *self.needs
 
 
 def _grouped(kernel: Kernel) -> Kernel:
     def run(*given: Any) -> LinearLoss:
-        found: LinearLoss = kernel(*Call.of(given))
+        call = Call.of(given)
+        beta = call.terms.beta
+        if isinstance(beta, Tensor) and beta.is_cpu:
+            call = call._replace(terms=replace(call.terms, beta=beta.item()))
+        found: LinearLoss = kernel(*call)
         return found
 
     return run

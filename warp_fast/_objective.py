@@ -93,6 +93,8 @@ def objective(rows: Tokens, stats: Stats, terms: Terms) -> Tensor:
     difference = (logp - stats.anchor_logprobs).detach()
     total = -_gain(logp, _coefficients(rows, difference, terms), terms)
     if terms.kl not in COUPLED:
+        if isinstance(terms.beta, Tensor):  # nor a derivative of what may be infinite
+            stats = Stats(*[torch.where(terms.beta == 0, 0, values) for values in stats])
         total = total + _penalty(terms, divergence(stats, terms.kl))
     return torch.where(rows.mask, total, 0).sum()
 
@@ -106,7 +108,9 @@ def slopes(rows: Tokens, stats: Stats, terms: Terms) -> Tensor:
         of_logp = of_logp + _penalty(terms, difference)
     elif terms.kl == "k3":
         of_logp = of_logp - _penalty(terms, torch.expm1(-difference))
-    of_kl = torch.full_like(logp, terms.beta if terms.kl in checks.EXACT else 0.0)
+    of_kl = torch.zeros_like(logp)
+    if terms.kl in checks.EXACT:
+        of_kl = of_kl + terms.beta
     found = torch.stack([of_logp, torch.zeros_like(logp), of_kl], dim=1)
     return torch.where(rows.mask[:, None], found, 0)
 
@@ -169,6 +173,8 @@ def _coefficients(rows: Tokens, difference: Tensor, terms: Terms) -> Tensor:
 
 def _penalty(terms: Terms, estimate: Tensor) -> Tensor:
     """beta times it; with a beta of 0 the KL is only watched, and may be infinite."""
+    if isinstance(terms.beta, Tensor):
+        return torch.where(terms.beta == 0, 0, terms.beta * estimate)
     return torch.zeros_like(estimate) if terms.beta == 0 else terms.beta * estimate
 
 

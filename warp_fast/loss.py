@@ -137,7 +137,7 @@ def warp_loss(
     anchor_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     kl: Kl = "reward",
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -171,7 +171,8 @@ def warp_loss(
         anchor_logprobs: [B, T] or [N], at the same temperature; instead of anchor_logits.
         mask: [B, T] or [N], bool or 0/1; default everything counts. It may be on the CPU.
         cu_seqlens: [B + 1] integers from 0 to N, the bounds of packed sequences; where the mask is.
-        beta: strength of the KL term, finite and >= 0.
+        beta: strength of the KL term, finite and >= 0; a number or a 0-dim tensor, whose value is
+            not looked at on GPUs nor in a trace.
         kl: see above.
         temperature, softcap: of policy and anchor alike; softcap first.
         old_logprobs: [B, T] or [N], of the policy that sampled.
@@ -250,7 +251,7 @@ def linear_warp_loss(
     anchor_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     kl: Kl = "reward",
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -272,7 +273,7 @@ def linear_warp_loss(
             head).
         low_memory: make the gradients in the backward pass, from logits made again. That is also
             the faster way where a bonus of the per-token values (entropy, say) joins the loss.
-        The others: as in `warp_loss`. Under torch.compile another beta compiles again.
+        The others: as in `warp_loss`.
 
     Returns, Raises: as `warp_loss`.
 
