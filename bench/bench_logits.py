@@ -12,6 +12,7 @@ before each run, untimed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,14 +75,15 @@ def batch_of(
 ) -> Batch:
     """A peaked policy and an anchor near it; `exact` gives the same numbers in float64.
 
-    The tokens have logits of about 20, as if sampled: log-probabilities near -0.5 in large
-    vocabularies, some of -5.
+    The tokens are likely, as if sampled: half of them have a probability of 0.8 and more.
     """
     make: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     shape = SEQUENCES, tokens // SEQUENCES
     ids = torch.randint(0, vocabulary, shape, **make)
     start = torch.randn(*shape, vocabulary, **make).mul_(3)
-    start = start.scatter_(-1, ids[..., None], 3 * torch.randn(*shape, 1, **make) + 20).bfloat16()
+    # e to the others sums to V e^4.5
+    likely = 3 * torch.randn(*shape, 1, **make) + math.log(vocabulary) + 6
+    start = start.scatter_(-1, ids[..., None], likely).bfloat16()
     anchor = torch.randn(start.shape, **make).mul_(0.5).add_(start).bfloat16()
     start, anchor = (x.to(torch.float64 if exact else x.dtype) for x in (start, anchor))
     advantages = torch.randn(SEQUENCES, **make)

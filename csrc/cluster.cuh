@@ -15,9 +15,12 @@ constexpr int kWarps = kThreads / 32;
 
 struct Shared {
     Sums<double> warps[kWarps], block;
-    double state[kRowState];
+    Bases bases;
+    Row row;
+    float upstream[3];
     bool near;
 };
+static_assert(sizeof(Shared) <= kStatic);
 
 template <class T>
 __device__ T largest_of_lanes(T value) {

@@ -43,6 +43,22 @@ __device__ inline uint32_t pair_of(float low, float high, int code) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// 16 bytes that begin `skip` bytes into an aligned word, in the largest parts that are aligned
+__device__ inline void store_word(char* place, const Word& word, int skip) {
+    const uint32_t* x = word.x;
+    if (skip == 0) {
+        *reinterpret_cast<Word*>(place) = word;
+    } else if (skip % 4 == 0) {
+        for (int i = 0; i < 4; ++i) reinterpret_cast<uint32_t*>(place)[i] = x[i];
+    } else {
+        *reinterpret_cast<uint16_t*>(place) = static_cast<uint16_t>(x[0]);
+        for (int i = 0; i < 3; ++i) {
+            reinterpret_cast<uint32_t*>(place + 2)[i] = x[i] >> 16 | x[i + 1] << 16;
+        }
+        *reinterpret_cast<uint16_t*>(place + 14) = static_cast<uint16_t>(x[3] >> 16);
+    }
+}
+
 // a vector as it lies in memory
 template <bool WIDE>
 struct Raw {
@@ -80,10 +96,9 @@ struct Raw {
     __device__ void store(const Line& line, int k, int count) const {
         const bool wide = WIDE && line.code == kFp32;
         char* place = place_in<WIDE>(line, k);
-        if (count == kVector && line.skip == 0) {
-            Word* words = reinterpret_cast<Word*>(place);
-            words[0] = word[0];
-            if (wide) words[1] = word[WIDE];
+        if (count == kVector) {
+            store_word(place, word[0], line.skip);
+            if (wide) store_word(place + sizeof(Word), word[WIDE], line.skip);
             return;
         }
         for (int i = 0; i < kVector; ++i) {

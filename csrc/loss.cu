@@ -55,13 +55,11 @@ __device__ float picked_score(const Line& line, int64_t token, const Task& task)
 
 template <bool ANCHOR>
 __device__ Place place_of(const Task& task) {
-    Place place;
+    Place place = {task.slices};
     place.n = blockIdx.x / task.slices.parts;
     place.part = blockIdx.x % task.slices.parts;
     const Span span = span_of(task.slices, task.width);
     place.first = span.first, place.last = span.last;
-    place.short_count = static_cast<int>(task.width % kVector);
-    place.short_one = place.short_count ? static_cast<int>(task.width / kVector) : -1;
     place.token = task.token_ids[place.n];
     const bool known = place.token >= 0 && place.token < task.width;
     place.sampled_one = known ? static_cast<int>(place.token / kVector) : -1;
@@ -87,7 +85,7 @@ __device__ Bases bases_of(const Task& task, const Place& place) {
 
 // this thread's sums; nothing: the scores of policy and anchor of what does not count
 template <class ASKED, class Source, class Add>
-__device__ Sums<float> thread_sums(const Task& task, const Place& place, Source source,
+__device__ Sums<float> thread_sums(const Task& task, const Place& place, Source& source,
                                    const Bases& nothing, Add add_vector) {
     Sums<float> sums;
     each_vector(place, source, [&](int k, const auto& pair) {
@@ -103,30 +101,27 @@ __device__ Sums<float> thread_sums(const Task& task, const Place& place, Source 
     return sums;
 }
 
-// the sums of the row, in warp 0 of every block of its cluster
 template <class ASKED, class Source>
-__device__ Sums<double> sums_of(const Task& task, const Place& place, Source source,
-                                const Bases& bases, Shared& shared) {
+__device__ Sums<float> sums_of(const Task& task, const Place& place, Source source,
+                               const Bases& bases) {
     const Bases nothing = {-INFINITY, -INFINITY, 0};
-    const Sums<float> mine = thread_sums<ASKED>(
-        task, place, source, nothing, [&](auto& sums, const auto& u, const auto& v) {
-            add<ASKED>(sums, u, v, bases.shift);
-        });
-    return over_cluster<ASKED, false>(mine, shared);
+    return thread_sums<ASKED>(task, place, source, nothing,
+                              [&](auto& sums, const auto& u, const auto& v) {
+                                  add<ASKED>(sums, u, v, bases.shift);
+                              });
 }
 
-// the same, right or not
+// and what they are relative to: the first vectors are on their way while that is waited for
 template <class ASKED, class Source>
-__device__ Sums<double> near_sums_of(const Task& task, const Place& place, Source source,
-                                     const Bases& bases, Shared& shared) {
+__device__ Sums<float> near_sums_of(const Task& task, const Place& place, Source source,
+                                    Shared& shared) {
+    const Bases bases = bases_of<ASKED>(task, place);
+    if (threadIdx.x == 0) shared.bases = bases;
     const Bases nothing = {bases.policy + kNothing, bases.anchor + kNothing, 0};
-    const Sums<float> mine = thread_sums<ASKED>(
-        task, place, source, nothing, [&](auto& sums, const auto& u, const auto& v) {
-            add_near<ASKED>(sums, u, v, bases);
-        });
-    Sums<double> sums = over_cluster<ASKED, true>(mine, shared);
-    sums.top = bases.policy, sums.anchor_top = bases.anchor;
-    return sums;
+    return thread_sums<ASKED>(task, place, source, nothing,
+                              [&](auto& sums, const auto& u, const auto& v) {
+                                  add_near<ASKED>(sums, u, v, bases);
+                              });
 }
 
 __device__ void write_row(const LossStats& stats, int64_t n, const Row& row) {
@@ -146,7 +141,7 @@ __device__ void store_zeros(const Place& place, const Line& out) {
 }
 
 __device__ bool is_zero(const float* upstream) {
-    return upstream[0] == 0 && upstream[1] == 0 && upstream[2] == 0;
+    return (upstream[0] == 0) & (upstream[1] == 0) & (upstream[2] == 0);
 }
 
 // dlogits of this block's slice from du / slope of a vector
@@ -205,9 +200,10 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : 4)
         if (writes) write_row(stats, place.n, {});
         return;
     }
-    const Streamed<ASKED::anchor, WIDE> source = {place};
+    const Streamed<ASKED::anchor, WIDE> source(place);
     const Bases bases = bases_of<ASKED>(task, place);
-    const Sums<double> sums = sums_of<ASKED>(task, place, source, bases, shared);
+    const Sums<double> sums =
+        over_cluster<ASKED, false>(sums_of<ASKED>(task, place, source, bases), shared);
     if (writes) write_row(stats, place.n, finished<ASKED>(sums, bases.policy, bases.anchor));
     cg::this_cluster().sync();
 #endif
@@ -220,52 +216,57 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : EXACT ? 3 : 4)
 #ifdef WARP_FAST_CLUSTERS
     const Place place = place_of<EXACT != kNoKl>(task);
     const Line out = line_of(gradient, place.n, task.width);
-    const float* given = upstream + place.n * 3;
+    const float* given = upstream + place.n * int64_t{3};
     if (is_zero(given)) return store_zeros<WIDE>(place, out);
-    const Streamed<EXACT != kNoKl, WIDE> source = {place};
-    store_far<EXACT>(task, place, source, out, given, state + place.n * kRowState);
+    const Streamed<EXACT != kNoKl, WIDE> source(place);
+    store_far<EXACT>(task, place, source, out, given, state + place.n * int64_t{kRowState});
 #endif
 }
 
 // statistics and gradient
 template <class ASKED, bool WIDE>
-__global__ void __launch_bounds__(kThreads, WIDE || ASKED::exact == kForward ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, WIDE ? 2 : 3)
     fused_kernel(const Task task, const uint8_t* kept, const float* upstream,
                  const LossStats stats, const LossMatrix gradient) {
 #ifdef WARP_FAST_CLUSTERS
     __shared__ Shared shared;
     const Place place = place_of<ASKED::anchor>(task);
-    const Line out = line_of(gradient, place.n, task.width);
     const bool writes = place.part == 0 && threadIdx.x == 0;
     if (!kept[place.n]) {
         if (writes) write_row(stats, place.n, {});
-        return store_zeros<WIDE>(place, out);
+        return store_zeros<WIDE>(place, line_of(gradient, place.n, task.width));
     }
-    using Source = Arriving<ASKED::anchor, WIDE>;
-    const Source first = {place, {words, static_cast<int>(task.slices.resident)}};
-    const typename Source::Kept again = {place, first.pool};
-    const Bases bases = bases_of<ASKED>(task, place);
-    Sums<double> sums = near_sums_of<ASKED>(task, place, first, bases, shared);
+    const Pool<ASKED::anchor, WIDE> pool = {words, static_cast<int>(task.slices.resident)};
+    const Kept<ASKED::anchor, WIDE> kept_vectors = {place, pool};
+    if (threadIdx.x < 3) shared.upstream[threadIdx.x] = upstream[place.n * int64_t{3} + threadIdx.x];
+    const bool aligned = place.logits.skip == 0 && (!ASKED::anchor || place.anchor.skip == 0);
+    const Sums<float> mine =
+        aligned ? near_sums_of<ASKED>(task, place, Arriving<ASKED::anchor, WIDE>(place, pool), shared)
+                : near_sums_of<ASKED>(task, place, Assembled<ASKED::anchor, WIDE>(place, pool), shared);
+    Sums<double> sums = over_cluster<ASKED, true>(mine, shared);
+    const Bases& bases = shared.bases;
+    sums.top = bases.policy, sums.anchor_top = bases.anchor;
     if (threadIdx.x == 0) shared.near = holds<ASKED>(sums, bases);
     __syncthreads();
     if (!shared.near) {  // which all blocks find alike
         cg::this_cluster().sync();
-        sums = sums_of<ASKED>(task, place, again, bases, shared);
+        const Sums<float> again = sums_of<ASKED>(task, place, kept_vectors, bases);
+        sums = over_cluster<ASKED, false>(again, shared);
     }
     if (threadIdx.x == 0) {
-        const Row row = finished<ASKED>(sums, bases.policy, bases.anchor);
-        if (writes) write_row(stats, place.n, row);
-        for (int i = 0; i < kRowState; ++i) shared.state[i] = row.state[i];
-        if (shared.near) rebase(shared.state);
+        shared.row = finished<ASKED>(sums, bases.policy, bases.anchor);
+        if (shared.near) rebase(shared.row.state);
     }
     // all have read the sampled logit and each other's sums by now: the row may be written
     cg::this_cluster().sync();
-    const float* given = upstream + place.n * 3;
+    if (writes) write_row(stats, place.n, shared.row);
+    const Line out = line_of(gradient, place.n, task.width);
+    const float* given = shared.upstream;
     if (is_zero(given)) return store_zeros<WIDE>(place, out);
     if (shared.near) {
-        store_near<ASKED::exact>(task, place, again, out, given, shared.state);
+        store_near<ASKED::exact>(task, place, kept_vectors, out, given, shared.row.state);
     } else {
-        store_far<ASKED::exact>(task, place, again, out, given, shared.state);
+        store_far<ASKED::exact>(task, place, kept_vectors, out, given, shared.row.state);
     }
 #endif
 }
@@ -326,19 +327,19 @@ void launch(void (*kernel)(Parameters...), const LossRows& rows, const Task& tas
     check(cudaLaunchKernelEx(&config, kernel, task, arguments...), "launching the loss");
 }
 
-// How many blocks of a kernel may share a row, where each takes as much shared memory: more than
-// every GPU with clusters has, on those that have it.
+// Whether the GPU runs clusters of so many blocks with so much shared memory each: those of more
+// than kMaxParts, for all of which it has to be asked.
 template <class Kernel>
-int most_parts(Kernel* kernel, int64_t shared) {
+bool has_clusters_of(int parts, Kernel* kernel, int64_t shared) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
           "asking for large clusters");
     cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(parts));
     config.blockDim = dim3(kThreads);
-    config.gridDim = dim3(2 * kMaxParts);
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     int found = 0;
     check(cudaOccupancyMaxPotentialClusterSize(&found, kernel, &config), "asking for clusters");
-    return found < 2 * kMaxParts ? kMaxParts : 2 * kMaxParts;
+    return found >= parts;
 }
 
 // rows that the blocks keep in shared memory, as far as it goes
@@ -352,9 +353,13 @@ void launch_kept(Kernel* kernel, const LossRows& rows, void* stream, Arguments..
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
           "asking for shared memory");
     const int bytes = (is_wide(rows) ? 4 : 2) * (rows.anchor.address ? 2 : 1);
-    const int parts = most_parts(kernel, kPart);
-    const Task task = task_of(rows, slices_of(rows.width, bytes, most, parts));
-    launch(kernel, rows, task, task.slices.resident * kVector * bytes, stream, arguments...);
+    Slices slices = slices_of(rows.width, bytes, most, 2 * kMaxParts);
+    if (slices.parts > kMaxParts &&
+        !has_clusters_of(slices.parts, kernel, slices.resident * kVector * bytes)) {
+        slices = slices_of(rows.width, bytes, most);
+    }
+    const int64_t shared = slices.resident * kVector * bytes;
+    launch(kernel, rows, task_of(rows, slices), shared, stream, arguments...);
 }
 
 // call `run` with the flag as a constant

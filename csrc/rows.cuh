@@ -37,6 +37,7 @@ struct Asked {
 struct Slices {
     int parts;
     int64_t vectors, resident;
+    int short_one, short_count;  // the vector that the end of the row cuts, and what is left of it
 };
 
 // bytes: of a logit and, where it is kept too, of its anchor; most: blocks that may share a row
@@ -45,7 +46,9 @@ inline Slices slices_of(int64_t width, int bytes, int64_t shared, int most = kMa
     while (parts < most && width * bytes > parts * kPart) parts *= 2;
     const int64_t all = (width + kVector - 1) / kVector, vectors = (all + parts - 1) / parts;
     const int64_t room = shared / (kVector * bytes);
-    return {parts, vectors, room < vectors ? room : vectors};
+    const int left = static_cast<int>(width % kVector);
+    const int cut = left ? static_cast<int>(width / kVector) : -1;
+    return {parts, vectors, room < vectors ? room : vectors, cut, left};
 }
 
 // u = outer tanh(inner z) where capped, else outer z
@@ -105,16 +108,30 @@ WARP_FAST_BOTH T base_of(T top) {
     return top == -T(INFINITY) ? T(0) : top;
 }
 
-// good to some ulp of its value: a short odd polynomial (Cephes) where 1 - t would cancel
-WARP_FAST_BOTH float tangent(float x) {
-    const float size = ::fabsf(x), t = exponential(-2 * size);
-    const float far = ::copysignf(quotient(1 - t, 1 + t), x), s = product(x, x);
+constexpr float kBend = 0.625f;  // where 1 - t is no longer a loss of digits
+
+// tanh below kBend: a short odd polynomial (Cephes)
+WARP_FAST_BOTH float tangent_near_0(float x) {
+    const float s = product(x, x);
     float series = ::fmaf(-5.70498872745e-3f, s, 2.06390887954e-2f);
     series = ::fmaf(series, s, -5.37397155531e-2f);
     series = ::fmaf(series, s, 1.33314422036e-1f);
     series = ::fmaf(series, s, -3.33332819422e-1f);
-    const float near = ::fmaf(product(x, s), series, x);
-    return size < 0.625f ? near : far;
+    return ::fmaf(product(x, s), series, x);
+}
+
+// good to some ulp of its value
+WARP_FAST_BOTH float tangent(float x) {
+    const float size = ::fabsf(x), t = exponential(-2 * size);
+    const float far = ::copysignf(quotient(1 - t, 1 + t), x);
+    return size < kBend ? tangent_near_0(x) : far;
+}
+
+// whether all of a vector are so small that no tangent needs an exponential, as most logits are
+WARP_FAST_BOTH bool is_near_0(const float (&z)[kVector], const Head& head) {
+    float size = 0;
+    for (int i = 0; i < kVector; ++i) size = larger(size, ::fabsf(product(z[i], head.inner)));
+    return size < kBend;
 }
 
 WARP_FAST_BOTH float score(float z, const Head& head) {
@@ -123,7 +140,9 @@ WARP_FAST_BOTH float score(float z, const Head& head) {
 
 // the logits of a vector become scores
 WARP_FAST_BOTH void to_scores(float (&z)[kVector], const Head& head) {
-    if (head.capped) {
+    if (head.capped && is_near_0(z, head)) {
+        for (int i = 0; i < kVector; ++i) z[i] = tangent_near_0(product(z[i], head.inner));
+    } else if (head.capped) {
         for (int i = 0; i < kVector; ++i) z[i] = tangent(product(z[i], head.inner));
     }
     if (head.outer == 1) return;
@@ -133,6 +152,13 @@ WARP_FAST_BOTH void to_scores(float (&z)[kVector], const Head& head) {
 // a vector of du / slope becomes dz: 1 - tanh^2 without its cancellation
 WARP_FAST_BOTH void through_cap(const float (&z)[kVector], const Head& head,
                                 float (&du)[kVector]) {
+    if (is_near_0(z, head)) {
+        for (int i = 0; i < kVector; ++i) {
+            const float t = tangent_near_0(product(z[i], head.inner));
+            du[i] *= 1 - t * t;
+        }
+        return;
+    }
     for (int i = 0; i < kVector; ++i) {
         const float t = exponential(-2 * ::fabsf(product(z[i], head.inner))), whole = 1 + t;
         du[i] *= quotient(4 * t, whole * whole);
@@ -275,16 +301,18 @@ WARP_FAST_BOTH void find_kl(Row& row, const Sums<double>& sums, const Whole& pol
     const double raise = exponential((kIsForward ? sums.anchor_top : sums.top) - weights.top);
     const double shift = shift_of(picked, anchor_picked);
     const double own = static_cast<double>(picked) - static_cast<double>(anchor_picked);
-    // the shift is the sampled token's own difference, unless that is infinite
+    // the shift is the sampled token's own difference, rounded, unless that is infinite
     const bool counted = ::fabs(own) < INFINITY;
-    const double apart = weighed(sums.apart, raise) + (counted ? 0 : weighed(own, weights.own));
-    const double mean = apart / weights.total;
+    const double apart = weighed(sums.apart, raise);
+    const double mean =
+        (apart + weighed(counted ? own - shift : own, weights.own)) / weights.total;
     const double normalizers =
         (policy.top - anchor.top - shift) + (::log(policy.total) - ::log(anchor.total));
     const double kl = kIsForward ? normalizers - mean : mean - normalizers;
     row.kl = kl < 0 ? 0 : kl;
     row.state[kApartShift] = shift;
-    row.state[kApart] = mean;
+    // in the gradient, which is in fp32, the token's own is 0
+    row.state[kApart] = counted ? apart / weights.total : mean;
 }
 
 // everything about a row; anchor_picked: of the same token

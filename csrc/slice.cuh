@@ -13,16 +13,18 @@ constexpr int kAhead = 4;  // vectors of each thread that are on their way into 
 
 // one row and the slice of it that is this block's
 struct Place {
+    const Slices& slices;
     Line logits, anchor;
-    int64_t n, token;
-    int part, first, last;  // vectors
-    int short_one, short_count;  // the vector that the end of the row cuts, and what is left of it
+    int64_t token;
+    int n, part, first, last;  // the row, the slice of it and its vectors
     int sampled_one, sampled;  // the vector of the sampled token, and where it is in there
 
-    __device__ int count(int k) const { return k == short_one ? short_count : kVector; }
+    __device__ int count(int k) const {
+        return k == slices.short_one ? slices.short_count : kVector;
+    }
     __device__ int sampled_of(int k) const { return k == sampled_one ? sampled : -1; }
     // whether some element of the vector does not count in the sums
-    __device__ bool is_partial(int k) const { return k == short_one || k == sampled_one; }
+    __device__ bool is_partial(int k) const { return k == slices.short_one || k == sampled_one; }
 };
 
 // a vector of the policy, and one of the anchor where there is one
@@ -42,12 +44,15 @@ struct Streamed {
     const Place& place;
     Pair<ANCHOR, WIDE> ahead;
 
-    __device__ void begin(int k) {
+    __device__ explicit Streamed(const Place& place) : place(place) {
+        load(place.first + threadIdx.x);
+    }
+    __device__ void load(int k) {
         if (k < place.last) ahead.load(place, k);
     }
     __device__ Pair<ANCHOR, WIDE> take(int k) {
         const Pair<ANCHOR, WIDE> found = ahead;
-        begin(k + kThreads);
+        load(k + kThreads);
         return found;
     }
 };
@@ -64,42 +69,42 @@ struct Pool {
     }
 };
 
-// from memory into the pool; what does not fit there is streamed without looking ahead
+// once more from the pool; what did not fit there is loaded without looking ahead
+template <bool ANCHOR, bool WIDE>
+struct Kept {
+    const Place& place;
+    Pool<ANCHOR, WIDE> pool;
+
+    __device__ Pair<ANCHOR, WIDE> take(int k) const {
+        const int at = k - place.first;
+        Pair<ANCHOR, WIDE> found;
+        if (at >= pool.count) {
+            found.load(place, k);
+            return found;
+        }
+        for (int w = 0; w <= WIDE; ++w) {
+            found.logits.word[w] = *pool.word(false, w, at);
+            if (ANCHOR) found.anchor.word[w] = *pool.word(true, w, at);
+        }
+        return found;
+    }
+};
+
+// from memory into the pool without a register between, some vectors ahead; rows that are aligned
 template <bool ANCHOR, bool WIDE>
 struct Arriving {
     const Place& place;
     Pool<ANCHOR, WIDE> pool;
 
-    __device__ void begin(int k) const {
-        for (int i = 0; i < kAhead; ++i) send(k + i * kThreads);
+    __device__ Arriving(const Place& place, const Pool<ANCHOR, WIDE>& pool)
+        : place(place), pool(pool) {
+        for (int i = 0; i < kAhead; ++i) send(place.first + threadIdx.x + i * kThreads);
     }
     __device__ Pair<ANCHOR, WIDE> take(int k) const {
         send(k + kAhead * kThreads);
         __pipeline_wait_prior(kAhead);
-        return Kept{place, pool}.take(k);
+        return Kept<ANCHOR, WIDE>{place, pool}.take(k);
     }
-
-    // the same vectors once more
-    struct Kept {
-        const Place& place;
-        Pool<ANCHOR, WIDE> pool;
-
-        __device__ void begin(int) const {}
-        __device__ Pair<ANCHOR, WIDE> take(int k) const {
-            const int at = k - place.first;
-            Pair<ANCHOR, WIDE> found;
-            if (at >= pool.count) {
-                found.load(place, k);
-                return found;
-            }
-            for (int w = 0; w <= WIDE; ++w) {
-                found.logits.word[w] = *pool.word(false, w, at);
-                if (ANCHOR) found.anchor.word[w] = *pool.word(true, w, at);
-            }
-            return found;
-        }
-    };
-
     __device__ void send(int k) const {
         if (k < place.last && k - place.first < pool.count) {
             copy(place.logits, k, false);
@@ -107,29 +112,38 @@ struct Arriving {
         }
         __pipeline_commit();
     }
-    // rows that are not aligned wait: their words have to be put together
     __device__ void copy(const Line& line, int k, bool anchor) const {
-        const int at = k - place.first;
-        if (line.skip) {
-            Raw<WIDE> raw;
-            raw.load(line, k);
-            for (int w = 0; w <= WIDE; ++w) *pool.word(anchor, w, at) = raw.word[w];
-            return;
-        }
         const char* from = place_in<WIDE>(line, k);
         for (int w = 0; w <= WIDE; ++w, from += sizeof(Word)) {
             if (w > 0 && (line.code != kFp32 || from >= line.end)) return;
-            __pipeline_memcpy_async(pool.word(anchor, w, at), from, sizeof(Word));
+            __pipeline_memcpy_async(pool.word(anchor, w, k - place.first), from, sizeof(Word));
         }
+    }
+};
+
+// the same of other rows, whose words have to be put together in registers
+template <bool ANCHOR, bool WIDE>
+struct Assembled {
+    Streamed<ANCHOR, WIDE> source;
+    Pool<ANCHOR, WIDE> pool;
+
+    __device__ Assembled(const Place& place, const Pool<ANCHOR, WIDE>& pool)
+        : source(place), pool(pool) {}
+    __device__ Pair<ANCHOR, WIDE> take(int k) {
+        const Pair<ANCHOR, WIDE> found = source.take(k);
+        const int at = k - source.place.first;
+        for (int w = 0; w <= WIDE && at < pool.count; ++w) {
+            *pool.word(false, w, at) = found.logits.word[w];
+            if (ANCHOR) *pool.word(true, w, at) = found.anchor.word[w];
+        }
+        return found;
     }
 };
 
 // this thread's vectors, one after the other
 template <class Source, class Each>
-__device__ __forceinline__ void each_vector(const Place& place, Source source, Each each) {
-    int k = place.first + threadIdx.x;
-    source.begin(k);
-    for (; k < place.last; k += kThreads) {
+__device__ __forceinline__ void each_vector(const Place& place, Source& source, Each each) {
+    for (int k = place.first + threadIdx.x; k < place.last; k += kThreads) {
         auto pair = source.take(k);
         each(k, pair);
     }
