@@ -255,12 +255,15 @@ def row_kernel(
                 shift = base_shift(picked, anchor_picked).to(tl.float64)
                 each = tl.load(place + 5, mask=inside, other=0.0).to(tl.float64)
                 mean = weighed(tl.sum(weighed(each, scale), axis=0), raise_)
-                # the shift is the sampled token's own difference, unless that is infinite
-                own_apart = weighed(own_u - own_v, own)
-                mean += tl.where(tl.abs(own_u - own_v) < float("inf"), 0.0, own_apart)
+                # the shift is the sampled token's own difference, rounded, unless that is infinite;
+                # in the gradient, which rounds as well, the token's own is 0
+                own_apart = own_u - own_v
+                counted = tl.abs(own_apart) < float("inf")
+                mean += tl.where(counted, 0.0, weighed(own_apart, own))
+                rest_apart = weighed(tl.where(counted, own_apart - shift, 0.0), own) / whole
                 mean = mean / whole
                 normalizers = (most - anchor_most - shift) + (tl.log(all_) - tl.log(anchor_all))
-                kl = mean - normalizers
+                kl = mean + rest_apart - normalizers
                 if EXACT == FORWARD:
                     kl = -kl
                 kl = tl.where(kl < 0, 0.0, kl)

@@ -74,6 +74,12 @@ inline Barrier cluster;
 inline std::function<void()> body;
 inline int shared_of_a_block = 232448, largest_cluster = 16;
 
+// large clusters are for blocks of which two fit a processor
+inline int largest_cluster_of(size_t shared) {
+    const bool two = 2 * shared <= static_cast<size_t>(shared_of_a_block);
+    return two || largest_cluster < 8 ? largest_cluster : 8;
+}
+
 [[noreturn]] inline void fail(const char* why) {
     std::fprintf(stderr, "%s\n", why);
     std::abort();
@@ -311,8 +317,9 @@ cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
     return cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, Kernel, const cudaLaunchConfig_t*) {
-    *size = on_cpu::largest_cluster;
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, Kernel,
+                                                 const cudaLaunchConfig_t* config) {
+    *size = on_cpu::largest_cluster_of(config->dynamicSmemBytes);
     return cudaSuccess;
 }
 template <class Kernel>
@@ -324,6 +331,9 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
     const unsigned parts = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+    if (static_cast<int>(parts) > on_cpu::largest_cluster_of(config->dynamicSmemBytes)) {
+        on_cpu::fail("a cluster that is too large");
+    }
     on_cpu::launched(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream,
                      parts)(arguments...);
     return cudaSuccess;

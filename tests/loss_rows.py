@@ -165,3 +165,14 @@ def check_scaling(scale: Callable[[Tensor, Tensor], None], dtype: torch.dtype) -
             expected = (values.to(by.dtype) * by).to(dtype)
             scale(values, by)
             assert torch.equal(values, expected)
+
+
+def check_a_constant_apart(forward: Callable[..., list[Tensor]], kl: str) -> None:
+    """KLs of 1e-10 nats, of a token of probability 1: the constant is no part of them."""
+    for constant in (100.3, 3000.7):
+        (logits,), _, ids = problem("logits", 2, 50, FP32)
+        logits[torch.arange(2), ids] += 25
+        anchor = logits + 0.01 * torch.randn(2, 50, device=DEVICE) + constant
+        given: list[Any] = [ids, torch.ones(2, dtype=torch.bool, device=DEVICE), PLAIN, kl]
+        gold = naive([logits.double()], [anchor.double()], *given)[3]
+        assert largest(forward([logits], [anchor], *given)[3].double() - gold) < 1e-7

@@ -20,6 +20,7 @@ from tests.loss_rows import (
     Head,
     backward,
     check,
+    check_a_constant_apart,
     check_scaling,
     forward,
     kernels,
@@ -50,6 +51,11 @@ def test_every_kl_with_mask_softcap_and_temperature(kl: str | None, head: Head, 
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
 def test_dtypes(kl: str, dtype: torch.dtype, form: str) -> None:
     check(*problem(form, 3, 7, dtype), None, CAPPED, kl)
+
+
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_policy_and_anchor_a_constant_apart(kl: str) -> None:
+    check_a_constant_apart(forward, kl)
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, FP16), (BF16, FP64)], ids=str)
