@@ -40,7 +40,8 @@ __device__ Span span_of(const Slices& slices, int64_t width) {
 #ifdef WARP_FAST_CLUSTERS
 
 // tokens past the last, and the sampled one, count nothing in the sums with such a score
-__device__ __forceinline__ void leave_out(const Place& place, int k, float nothing, float (&u)[kVector]) {
+__device__ __forceinline__ void leave_out(const Place& place, int k, float nothing,
+                                          float (&u)[kVector]) {
     const int count = place.count(k), sampled = place.sampled_of(k);
     for (int i = 0; i < kVector; ++i) {
         if (i >= count || i == sampled) u[i] = nothing;
@@ -71,7 +72,7 @@ __device__ Place place_of(const Task& task) {
 
 template <bool WIDE>
 __device__ __forceinline__ void scores_of(const Raw<WIDE>& raw, const Line& line, const Head& head,
-                          float (&u)[kVector]) {
+                                          float (&u)[kVector]) {
     raw.get(line.code, u);
     to_scores(u, head);
 }
@@ -223,7 +224,8 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : EXACT ? 3 : 4)
 #endif
 }
 
-// statistics and gradient
+// Statistics and gradient: first near sums, on the way of the row into shared memory; where they do
+// not hold, the others.
 template <class ASKED, bool WIDE>
 __global__ void __launch_bounds__(kThreads, WIDE ? 2 : 3)
     fused_kernel(const Task task, const uint8_t* kept, const float* upstream,
@@ -236,13 +238,15 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : 3)
         if (writes) write_row(stats, place.n, {});
         return store_zeros<WIDE>(place, line_of(gradient, place.n, task.width));
     }
-    const Pool<ASKED::anchor, WIDE> pool = {words, static_cast<int>(task.slices.resident)};
-    const Kept<ASKED::anchor, WIDE> kept_vectors = {place, pool};
-    if (threadIdx.x < 3) shared.upstream[threadIdx.x] = upstream[place.n * int64_t{3} + threadIdx.x];
-    const bool aligned = place.logits.skip == 0 && (!ASKED::anchor || place.anchor.skip == 0);
+    constexpr bool kAnchor = ASKED::anchor;
+    const Pool<kAnchor, WIDE> pool = {words, static_cast<int>(task.slices.resident)};
+    const Kept<kAnchor, WIDE> again = {place, pool};
+    const int i = threadIdx.x;
+    if (i < 3) shared.upstream[i] = upstream[place.n * int64_t{3} + i];
+    const bool aligned = place.logits.skip == 0 && (!kAnchor || place.anchor.skip == 0);
     const Sums<float> mine =
-        aligned ? near_sums_of<ASKED>(task, place, Arriving<ASKED::anchor, WIDE>(place, pool), shared)
-                : near_sums_of<ASKED>(task, place, Assembled<ASKED::anchor, WIDE>(place, pool), shared);
+        aligned ? near_sums_of<ASKED>(task, place, Arriving<kAnchor, WIDE>(place, pool), shared)
+                : near_sums_of<ASKED>(task, place, Assembled<kAnchor, WIDE>(place, pool), shared);
     Sums<double> sums = over_cluster<ASKED, true>(mine, shared);
     const Bases& bases = shared.bases;
     sums.top = bases.policy, sums.anchor_top = bases.anchor;
@@ -250,8 +254,7 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : 3)
     __syncthreads();
     if (!shared.near) {  // which all blocks find alike
         cg::this_cluster().sync();
-        const Sums<float> again = sums_of<ASKED>(task, place, kept_vectors, bases);
-        sums = over_cluster<ASKED, false>(again, shared);
+        sums = over_cluster<ASKED, false>(sums_of<ASKED>(task, place, again, bases), shared);
     }
     if (threadIdx.x == 0) {
         shared.row = finished<ASKED>(sums, bases.policy, bases.anchor);
@@ -264,9 +267,9 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : 3)
     const float* given = shared.upstream;
     if (is_zero(given)) return store_zeros<WIDE>(place, out);
     if (shared.near) {
-        store_near<ASKED::exact>(task, place, kept_vectors, out, given, shared.row.state);
+        store_near<ASKED::exact>(task, place, again, out, given, shared.row.state);
     } else {
-        store_far<ASKED::exact>(task, place, kept_vectors, out, given, shared.row.state);
+        store_far<ASKED::exact>(task, place, again, out, given, shared.row.state);
     }
 #endif
 }
@@ -303,22 +306,26 @@ Task task_of(const LossRows& rows, const Slices& slices) {
 // of the launches that keep nothing
 Task task_of(const LossRows& rows) { return task_of(rows, slices_of(rows.width, 2, 0)); }
 
+// so many blocks for each row
+dim3 grid_of(int64_t rows, int parts) {
+    const int64_t most = INT_MAX / parts;
+    if (rows > most) {
+        throw std::invalid_argument("the cuda backend takes up to " + std::to_string(most) +
+                                    " rows of this width; got " + std::to_string(rows));
+    }
+    return dim3(static_cast<unsigned>(rows) * static_cast<unsigned>(parts));
+}
+
 // one cluster for each row; shared: bytes that a block takes
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LossRows& rows, const Task& task, int64_t shared,
             void* stream, Arguments... arguments) {
-    const int64_t most = INT_MAX / task.slices.parts;
-    if (rows.rows > most) {
-        throw std::invalid_argument("the cuda backend takes up to " + std::to_string(most) +
-                                    " rows of this width; got " + std::to_string(rows.rows));
-    }
-    const unsigned parts = static_cast<unsigned>(task.slices.parts);
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = parts;
+    cluster.val.clusterDim.x = static_cast<unsigned>(task.slices.parts);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(rows.rows) * parts);
+    config.gridDim = grid_of(rows.rows, task.slices.parts);
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = static_cast<cudaStream_t>(stream);
@@ -428,8 +435,8 @@ void loss_scale_cuda(const LossMatrix& matrix, int64_t rows, int64_t width, cons
     if (rows == 0) return;
     const Slices slices = slices_of(width, 2, 0);
     const auto kernel = matrix.code == kFp32 ? scale_kernel<true> : scale_kernel<false>;
-    kernel<<<static_cast<unsigned>(rows * slices.parts), kThreads, 0,
-             static_cast<cudaStream_t>(stream)>>>(matrix, width, slices, factor);
+    kernel<<<grid_of(rows, slices.parts), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        matrix, width, slices, factor);
     check(cudaGetLastError(), "launching the scaling of a gradient");
 }
 

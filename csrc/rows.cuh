@@ -33,7 +33,8 @@ struct Asked {
 };
 
 // How one row is cut: into `parts` blocks of `vectors` each, of which the first `resident` can stay
-// in the `shared` bytes that a block has for them. The cuts depend on the width alone: a row gives the same bits in any batch.
+// in the `shared` bytes that a block has for them. The cuts depend on the width and the GPU alone: a
+// row gives the same bits in any batch.
 struct Slices {
     int parts;
     int64_t vectors, resident;
@@ -395,8 +396,8 @@ WARP_FAST_BOTH void rebase(double (&state)[kRowState]) {
     if (state[kAnchorShare] > 0) rebase(state[kAnchorTop], state[kAnchorShare]);
 }
 
-// The same gradient where near sums hold, of a state that was rebased: dz = e (slope d + level + bend low) + anchor e', with
-// d = u - v - shift and low = u - top, before the softcap.
+// The same gradient where near sums hold, of a state that was rebased, before the softcap:
+// dz = e (slope d + level + bend low) + anchor e', with d = u - v - shift and low = u - top.
 struct NearCoefficients {
     Bases bases;
     float slope, level, bend, anchor;

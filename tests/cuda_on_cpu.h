@@ -1,4 +1,4 @@
-// CUDA enough to run the kernels of csrc/ on a CPU: every thread of a cluster is a fiber, which runs
+// CUDA enough to run the kernels of csrc/ on a CPU: each thread of a cluster is a fiber, which runs
 // until it has to wait for others. A copy into shared memory happens when it is waited for, at the
 // latest moment; shared memory begins as NaN; barriers that not all reach end the program.
 #pragma once
@@ -242,7 +242,8 @@ inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 inline unsigned short __half_as_ushort(__half value) { return value.bits; }
 inline float __half2float(__half value) {
     const int exponent = value.bits >> 10 & 31, mantissa = value.bits & 1023;
-    float size = std::ldexp(exponent ? 1024.0f + mantissa : mantissa, exponent ? exponent - 25 : -24);
+    const float whole = exponent ? 1024.0f + mantissa : mantissa;
+    float size = std::ldexp(whole, exponent ? exponent - 25 : -24);
     if (exponent == 31) size = mantissa ? NAN : INFINITY;
     return value.bits >> 15 ? -size : size;
 }
@@ -263,7 +264,8 @@ struct __nv_bfloat162 {
 };
 inline uint16_t bfloat16_bits(float value) {
     const uint32_t bits = __float_as_uint(value);
-    return static_cast<uint16_t>(value != value ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    if (value != value) return 0x7FFF;
+    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
     return {bfloat16_bits(x), bfloat16_bits(y)};
@@ -334,7 +336,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (static_cast<int>(parts) > on_cpu::largest_cluster_of(config->dynamicSmemBytes)) {
         on_cpu::fail("a cluster that is too large");
     }
-    on_cpu::launched(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream,
-                     parts)(arguments...);
+    on_cpu::launched(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                     config->stream, parts)(arguments...);
     return cudaSuccess;
 }
