@@ -64,8 +64,10 @@ class Call(NamedTuple):
         on_host = rows.on_host or (None, None)
         layout = (rows.token_ids, rows.mask, rows.sequence, *on_host, rows.count, rows.longest)
         given = (terms.advantages, terms.anchor_logprobs, terms.old_logprobs)
-        # a tensor, since a trace is tied to the value of a number that an op takes
-        beta = terms.beta * torch.ones((), dtype=torch.float64, device="cpu")
+        # A tensor, since a trace is tied to the value of a number that an op takes. Outside of one
+        # it is read from the CPU; in one, a tensor there would keep it from being a CUDA graph.
+        place = self.heads.hidden.device if torch.compiler.is_compiling() else "cpu"
+        beta = terms.beta * torch.ones((), dtype=torch.float64, device=place)
         how = (terms.clip_range, beta, terms.kl)
         return *self.heads, *layout, *given, *how, self.entropy, *self.needs
 
