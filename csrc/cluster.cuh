@@ -4,7 +4,7 @@
 
 #include <cooperative_groups.h>
 
-#include "rows.cuh"
+#include "near.cuh"
 #include "slice.cuh"
 
 namespace warp_fast {

@@ -42,7 +42,7 @@ __device__ Span span_of(const Slices& slices, int64_t width) {
 // tokens past the last, and the sampled one, count nothing in the sums with such a score
 __device__ __forceinline__ void leave_out(const Place& place, int k, float nothing,
                                           float (&u)[kVector]) {
-    const int count = place.count(k), sampled = place.sampled_of(k);
+    const int count = place.slices.count(k), sampled = place.sampled_of(k);
     for (int i = 0; i < kVector; ++i) {
         if (i >= count || i == sampled) u[i] = nothing;
     }
@@ -137,7 +137,7 @@ template <bool WIDE>
 __device__ void store_zeros(const Place& place, const Line& out) {
     const Raw<WIDE> zeros = {};
     for (int k = place.first + threadIdx.x; k < place.last; k += kThreads) {
-        zeros.store(out, k, place.count(k));
+        zeros.store(out, k, place.slices.count(k));
     }
 }
 
@@ -159,7 +159,7 @@ __device__ void store_gradient(const Task& task, const Place& place, Source sour
             through_cap(u, task.head, du);
         }
         pair.logits.set(out.code, du);
-        pair.logits.store(out, k, place.count(k));
+        pair.logits.store(out, k, place.slices.count(k));
     });
 }
 
@@ -283,14 +283,13 @@ __global__ void __launch_bounds__(kThreads, 4)
     const Line row = line_of(matrix, blockIdx.x / slices.parts, width);
     const Span span = span_of(slices, width);
     for (int k = span.first + threadIdx.x; k < span.last; k += kThreads) {
-        const int64_t left = width - static_cast<int64_t>(k) * kVector;
         Raw<WIDE> raw;
         raw.load(row, k);
         float x[kVector];
         raw.get(row.code, x);
         for (int i = 0; i < kVector; ++i) x[i] *= by;
         raw.set(row.code, x);
-        raw.store(row, k, left < kVector ? static_cast<int>(left) : kVector);
+        raw.store(row, k, slices.count(k));
     }
 }
 

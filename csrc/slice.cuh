@@ -19,9 +19,6 @@ struct Place {
     int n, part, first, last;  // the row, the slice of it and its vectors
     int sampled_one, sampled;  // the vector of the sampled token, and where it is in there
 
-    __device__ int count(int k) const {
-        return k == slices.short_one ? slices.short_count : kVector;
-    }
     __device__ int sampled_of(int k) const { return k == sampled_one ? sampled : -1; }
     // whether some element of the vector does not count in the sums
     __device__ bool is_partial(int k) const { return k == slices.short_one || k == sampled_one; }
