@@ -145,6 +145,8 @@ def anchor_follows_fsdp2(mesh: Any) -> None:
     )
     state = copy.deepcopy(anchor.state_dict())
     anchor.update()
+    whole = {"averages": {n: full(t) for n, t in state["averages"].items()}}
+    raises("averages of 0.weight must be sharded", anchor.load_state_dict, {**state, **whole})
     anchor.load_state_dict(state)
     for name, average in anchor.state_dict()["averages"].items():
         assert torch.equal(full(average), full(state["averages"][name]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from typing import Any
 
@@ -122,6 +123,54 @@ def test_a_forward_that_is_a_function_of_the_policy_is_refused() -> None:
     anchor = EMAAnchor(policy, storage="fp32", rate=0.0)
     move(policy, 1.0)
     assert not torch.equal(anchor.module(torch.ones(2)), policy(torch.ones(2)))
+
+
+def test_a_method_that_holds_the_policy_is_refused_and_others_are_copied() -> None:
+    """As TRL patches models: the method takes the copy for its self, and calls the policy."""
+    policy = nn.Linear(2, 2)
+    plain = policy.forward
+
+    @functools.wraps(plain)
+    def again(x: torch.Tensor, deep: int = 0) -> torch.Tensor:
+        return again(x, 1) if deep == 0 else functools.partial(plain)(x)
+
+    for kept in (lambda self, x: plain(x), lambda self, x: again(x)):
+        policy.forward = types.MethodType(kept, policy)
+        with pytest.raises(ValueError, match="forward of the policy was replaced"):
+            EMAAnchor(policy)
+    double = nn.Linear.forward
+    method = types.MethodType(lambda self, x: 2 * double(self, x), policy)
+    for forward in (method, functools.partial(method), functools.partial(double, policy)):
+        policy.forward = forward
+        anchor = EMAAnchor(policy, storage="fp32", rate=0.0)
+        before = anchor.module(torch.ones(2))
+        move(policy, 1.0)
+        assert torch.equal(anchor.module(torch.ones(2)), before)
+        assert not torch.equal(policy(torch.ones(2)), before)
+
+
+def test_what_transformers_compiled_of_the_policy_is_not_copied() -> None:
+    policy = nn.Linear(2, 2)
+    policy._compiled_call = policy.forward
+    assert not hasattr(EMAAnchor(policy).module, "_compiled_call")
+    assert policy._compiled_call == policy.forward
+
+
+@pytest.mark.parametrize("change", ["assigned", "replaced", "another"])
+def test_an_anchor_that_lost_its_averages_is_refused(change: str) -> None:
+    """The averages would go on where no module uses them."""
+    policy = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    anchor = EMAAnchor(policy, storage="fp32")
+    if change == "assigned":
+        anchor.module.load_state_dict(policy.state_dict(), assign=True)
+    elif change == "replaced":
+        anchor.module[1] = nn.Linear(2, 2)
+    else:
+        anchor.module = copy.deepcopy(anchor.module)
+    for call in (anchor.update, anchor.reset_, anchor.averaged_state_dict):
+        with pytest.raises(ValueError, match=r"anchor.module must keep its parameters"):
+            call()
+    assert anchor.step == 0
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,13 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("linear", {"anchor_weight": IDS}, TypeError, "anchor_weight must be float32"),
     ("logits", {"advantages": torch.ones(B).long()}, TypeError, "advantages must be float32"),
     ("logits", {"old_logprobs": IDS}, TypeError, "old_logprobs must be float32"),
+    ("linear", {"old_logprobs": ONES.half()}, TypeError, "old_logprobs must be float32 or float64"),
+    (
+        "logits",
+        {**NO_ANCHOR, "anchor_logprobs": -ONES.bfloat16()},
+        TypeError,
+        "16 bits round a log-prob by more than its KL .*; got torch.bfloat16",
+    ),
     ("logits", {"token_ids": ONES}, TypeError, "token_ids must be integers; got torch.float32"),
     ("logits", {"token_ids": IDS.bool()}, TypeError, "token_ids must be integers"),
     ("linear", {"token_ids": IDS[:1]}, ValueError, r"of hidden less .*\(2, 3\); got \(1, 3\)"),

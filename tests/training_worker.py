@@ -8,7 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,12 +57,12 @@ def ddp_equals_one_process(masked_rank: int | None) -> None:
     check(gradients(wrapped.module), alone)
 
 
-def sharded(mesh: Any, reshard: bool) -> Any:
+def sharded(mesh: Any, reshard: bool, **options: Any) -> Any:
     """README.md has this recipe."""
     module = SmallLM()
     for block in module.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard, **options)
     for method in ("loss", "logprobs"):
         register_fsdp_forward_method(module, method)
     return module
@@ -96,6 +100,26 @@ def a_sharded_head_is_refused(mesh: Any) -> None:
     raise AssertionError("a sharded weight was not refused")
 
 
+def mixed_precision_keeps_logprobs(mesh: Any, cast: bool) -> None:
+    """FSDP2 casts what enters a registered method, log-probs too, unless told not to."""
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=cast)
+    policy, module = (sharded(mesh, True, mp_policy=precision) for _ in range(2))
+    anchor: Any = EMAAnchor(policy, storage="fp32", module=module).module
+    given = mine(whole(None))
+    given.advantages.zero_()
+    if not cast:
+        # of an exact copy: no noise of 16 bits
+        assert policy.loss(given, anchor.logprobs(given), kl="k2") == 0
+        return
+    try:
+        policy.loss(given, anchor.logprobs(given), kl="k2")
+    except TypeError as error:
+        assert "anchor_logprobs must be float32" in str(error), error
+        assert "cast_forward_inputs=False" in str(error), error
+        return
+    raise AssertionError("log-probs of 16 bits were not refused")
+
+
 def main() -> None:
     """Run all checks; an assertion ends the process, and torchrun tells."""
     dist.init_process_group("gloo")
@@ -104,6 +128,8 @@ def main() -> None:
         ddp_equals_one_process(masked_rank)
         fsdp2_equals_one_process(mesh, reshard=masked_rank != 0, masked_rank=masked_rank)
     a_sharded_head_is_refused(mesh)
+    for cast in (True, False):
+        mixed_precision_keeps_logprobs(mesh, cast)
     dist.destroy_process_group()
     print("every check passed")
 

@@ -314,6 +314,12 @@ def _per_token(
     if values is None:
         return None
     floating(**{name: values})
+    if values.dtype.itemsize < 4:
+        raise TypeError(
+            f"{name} must be float32 or float64: 16 bits round a log-prob by more than its KL to a "
+            f"slow anchor; got {values.dtype}. Under FSDP2, MixedPrecisionPolicy needs "
+            "cast_forward_inputs=False and no output_dtype"
+        )
     if values.shape != rows.shape or values.device != rows.mask.device:
         raise ValueError(
             f"{name} must be {tuple(rows.shape)} on {rows.mask.device} like token_ids; "

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import operator
-import types
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from warp_fast._overlap import is_apart
+from warp_fast._anchor_module import (
+    Known,
+    Storage,
+    adopted,
+    average_dtype,
+    buffers_of,
+    copied,
+)
 from warp_fast._sharded import (
     check_layout,
     gatherers,
@@ -23,8 +27,6 @@ from warp_fast._sharded import (
 )
 from warp_fast.ema import check_rate, counter, ema_update_
 from warp_fast.reference.ema import join_float32, split_float32
-
-Storage = Literal["split", "fp32", "bf16"]
 
 
 class EMAAnchor:
@@ -55,8 +57,9 @@ class EMAAnchor:
     Raises:
         ValueError: unknown storage, a rate outside [0, 1], a module unlike the policy, or a policy
             whose copy would still be the policy; later, before anything is written, a parameter
-            that was frozen before, is another object, gone or new, other buffers, or an anchor cast
-            to another dtype. TypeError: a float64 parameter in split or bf16 storage.
+            that was frozen before, is another object, gone or new (of the policy or the anchor),
+            other buffers, or an anchor cast to another dtype. TypeError: a float64 parameter in
+            split or bf16 storage.
 
     Traffic: an update reads the trainable parameters and reads and writes the average: 10 bytes per
         parameter for split or fp32 storage of a bf16 policy, 6 for bf16.
@@ -89,20 +92,19 @@ class EMAAnchor:
         self.seed = counter("seed", seed)
         self.step = 0
         trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-        dtypes = {n: _average_dtype(n, p, storage) for n, p in trainable.items()}
+        dtypes = {n: average_dtype(n, p, storage) for n, p in trainable.items()}
         if module is None:
-            self.module, self._averages = _copied(policy, trainable, dtypes)
+            self.module, self._averages = copied(policy, trainable, dtypes)
         else:
-            self.module, self._averages = module, _adopted(policy, module, dtypes)
+            self.module, self._averages = module, adopted(policy, module, dtypes)
         self.module.eval()
         self._residuals: dict[str, Tensor] = {}
         if storage == "split":
             for name, average in self._averages.items():
                 self._residuals[name] = torch.zeros_like(average, dtype=torch.int16)
         self._sources = list(trainable.values())
-        self._known = dict(policy.named_parameters())
         self._dtypes = list(dtypes.values())
-        self._placed = _parameters(policy)
+        self._known, self._known_averages = Known(policy), Known(self.module)
         self._gatherers = gatherers(self.module)
         self._is_swapped = False
         self.reset_()
@@ -124,15 +126,13 @@ class EMAAnchor:
         """Policy and anchor are as they were when the anchor was made."""
         if self._is_swapped:
             raise RuntimeError("the policy has the anchor's weights; leave swapped() before that")
-        frozen = {n: p for n, p in self._known.items() if n not in self._averages}
+        frozen = {n: p for n, p in self._known.by_name.items() if n not in self._averages}
         if thawed := [name for name, p in frozen.items() if p.requires_grad]:
             raise ValueError(
                 f"parameters that are frozen when the anchor is made have no average; {thawed[:5]} "
                 "require a gradient now: make the anchor after they do"
             )
-        now = _parameters(self.policy)
-        same = len(now) == len(self._placed) and all(map(operator.is_, now, self._placed))
-        if not same and (odd := _replaced(self._known, self.policy)):
+        if odd := self._known.replaced_in(self.policy):
             raise ValueError(
                 f"the policy has other parameters than when the anchor was made ({odd[:5]}), as "
                 "after fully_shard, load_state_dict(assign=True) or another layer: make the anchor "
@@ -141,6 +141,11 @@ class EMAAnchor:
         self._check_averages()
 
     def _check_averages(self) -> None:
+        if odd := self._known_averages.replaced_in(self.module):
+            raise ValueError(
+                f"anchor.module must keep its parameters, which are the averages; {odd[:5]} were "
+                "replaced: give a new EMAAnchor the module, or load the anchor's own state"
+            )
         for (name, average), dtype in zip(self._averages.items(), self._dtypes, strict=True):
             if average.dtype != dtype:
                 raise ValueError(
@@ -151,7 +156,7 @@ class EMAAnchor:
     @torch.no_grad()
     def _update(self) -> None:
         self._check()
-        buffers = _buffers(self.module, self.policy)
+        buffers = buffers_of(self.module, self.policy)
         ema_update_(
             list(self._averages.values()),
             self._sources,
@@ -195,7 +200,7 @@ class EMAAnchor:
         bf16 storage rounds what is not bf16.
         """
         self._check()
-        buffers = _buffers(self.module, self.policy)
+        buffers = buffers_of(self.module, self.policy)
         for (name, average), source in zip(self._averages.items(), self._sources, strict=True):
             value, target = local(source.detach()), local(average)
             if self.storage == "split":
@@ -232,7 +237,8 @@ class EMAAnchor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state; raises ValueError, changing nothing, if it is of another anchor.
 
-        Buffers and frozen parameters are the policy's: load the policy first.
+        Buffers and frozen parameters are the policy's: load the policy first. A sharded anchor has
+        a sharded state: torch.distributed.checkpoint saves and loads it.
         """
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise ValueError(f"the state of an anchor must hold {missing}; got {sorted(state)}")
@@ -243,7 +249,7 @@ class EMAAnchor:
         check_rate(state["rate"])
         seed, step = counter("seed", state["seed"]), counter("step", state["step"])
         self._check()
-        buffers = _buffers(self.module, self.policy)
+        buffers = buffers_of(self.module, self.policy)
         targets: dict[str, dict[str, Tensor]] = {
             "averages": dict(self._averages.items()),
             "residuals": self._residuals,
@@ -264,6 +270,7 @@ class EMAAnchor:
                         f"{part} of {name} must be {tuple(expected.shape)} {expected.dtype}; "
                         f"got {tuple(got.shape)} {got.dtype}"
                     )
+                check_layout(f"{part} of {name}", got, expected)
         for part, ours in targets.items():
             for name, tensor in ours.items():
                 tensor.copy_(state[part][name])
@@ -288,101 +295,3 @@ class EMAAnchor:
             return average.to(torch.promote_types(average.dtype, torch.float32))
         joined = join_float32(local(average), local(self._residuals[name]))
         return with_local(joined, average)
-
-
-def _copied(
-    policy: nn.Module, trainable: dict[str, nn.Parameter], dtypes: dict[str, torch.dtype]
-) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A copy of the policy with averages for its trainable parameters; the others are shared."""
-    averages = {
-        name: nn.Parameter(torch.empty_like(p, dtype=dtypes[name]), requires_grad=False)
-        for name, p in trainable.items()
-    }
-    # deepcopy takes from the memo what stands for a parameter already: averages and shared ones
-    stands_for: dict[int, Any] = {id(p): p for p in policy.parameters()}
-    stands_for.update({id(p): averages[name] for name, p in trainable.items()})
-    # nothing can be copied to elements that share a place
-    stands_for.update({id(b): b.clone() for b in policy.buffers() if not is_apart(b)})
-    for name, part in policy.named_modules():
-        # what torch.compile makes of a module has one too, and copies it rightly
-        compiled = hasattr(part, "_orig_mod")
-        if isinstance(vars(part).get("forward"), types.FunctionType) and not compiled:
-            raise ValueError(
-                f"forward of {name or 'the policy'} was replaced by a function, which holds the "
-                "policy itself: a copy would call the policy. Make it a method of the module "
-                "(types.MethodType), or give module="
-            )
-    return copy.deepcopy(policy, stands_for), averages
-
-
-@torch.no_grad()
-def _adopted(
-    policy: nn.Module, module: nn.Module, dtypes: dict[str, torch.dtype]
-) -> dict[str, nn.Parameter]:
-    """The parameters of a given module that are to be averages; frozen ones get their values."""
-    if module is policy:
-        raise ValueError("module must be another module than the policy; got the policy itself")
-    _buffers(module, policy)
-    theirs, ours = dict(policy.named_parameters()), dict(module.named_parameters())
-    if theirs.keys() != ours.keys():
-        odd = sorted(theirs.keys() ^ ours.keys())
-        raise ValueError(f"module must have the policy's parameters; differing: {odd[:5]}")
-    for name, parameter in ours.items():
-        dtype = dtypes.get(name, theirs[name].dtype)
-        if parameter.shape != theirs[name].shape or parameter.dtype != dtype:
-            raise ValueError(
-                f"{name} of module must be {tuple(theirs[name].shape)} {dtype}, the dtype of the "
-                f"storage; got {tuple(parameter.shape)} {parameter.dtype}: cast module, or choose "
-                "another storage ('fp32' for fp32, 'split' or 'bf16' for bf16)"
-            )
-        check_layout(f"{name} of module", parameter, theirs[name])
-    in_training = {id(theirs[name]) for name in dtypes}
-    if shared := [name for name, parameter in ours.items() if id(parameter) in in_training]:
-        raise ValueError(
-            f"module must have parameters of its own; it shares {shared[:5]} with the policy"
-        )
-    for name, parameter in ours.items():
-        parameter.requires_grad_(False)
-        if name not in dtypes:
-            parameter.copy_(theirs[name])
-    return {name: ours[name] for name in dtypes}
-
-
-def _parameters(policy: nn.Module) -> list[nn.Parameter | None]:
-    """What all its modules have, in their order; faster than by name, which every update would."""
-    return [p for part in policy.modules() for p in part._parameters.values()]
-
-
-def _replaced(known: dict[str, nn.Parameter], policy: nn.Module) -> list[str]:
-    """Names of parameters that are gone, and of new ones; not of one that has another name now."""
-    now = dict(policy.named_parameters())
-    # between forward and backward FSDP2 has what it gathered in the place of a shard
-    gathered = {n for n, p in known.items() if n in now and is_sharded(p) > is_sharded(now[n])}
-    before, after = ({id(p) for p in each.values()} for each in (known, now))
-    gone = [n for n, p in known.items() if id(p) not in after]
-    new = [n for n, p in now.items() if id(p) not in before]
-    return [name for name in dict.fromkeys(gone + new) if name not in gathered]
-
-
-def _buffers(module: nn.Module, policy: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The buffers of the anchor beside those of the policy, which must be of their shapes."""
-    # under all their names: rotary embeddings make one of two buffers, and two again
-    ours, theirs = (dict(m.named_buffers(remove_duplicate=False)) for m in (module, policy))
-    first, second = ({n: b.shape for n, b in each.items()} for each in (ours, theirs))
-    if first != second:
-        odd = sorted({name for name, _ in first.items() ^ second.items()})
-        raise ValueError(
-            f"the anchor must have the buffers of the policy; differing: {odd[:5]}. Make the "
-            "anchor after the policy has them"
-        )
-    return [(buffer, theirs[name]) for name, buffer in ours.items()]
-
-
-def _average_dtype(name: str, parameter: Tensor, storage: Storage) -> torch.dtype:
-    if not parameter.is_floating_point():
-        raise TypeError(f"{name} must be floating to be averaged; got {parameter.dtype}")
-    if storage == "fp32":
-        return torch.promote_types(parameter.dtype, torch.float32)
-    if parameter.dtype == torch.float64:
-        raise TypeError(f"{name} is float64, which {storage} storage cannot hold; use 'fp32'")
-    return torch.bfloat16

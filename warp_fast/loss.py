@@ -69,8 +69,9 @@ def token_logprobs(
     Returns: [...] fp32 (fp64 for fp64 logits), nats, never positive; with return_entropy a pair.
 
     Raises:
-        ValueError: shapes, devices or values do not fit; an id outside the vocabulary names its
-            row. TypeError: dtypes do not fit.
+        ValueError: shapes, devices or values do not fit; an id outside the vocabulary (-100 too:
+            give any id and drop the result) names its row. On a GPU, which nothing waits for, its
+            log-prob is NaN. TypeError: dtypes do not fit.
 
     Traffic: reads the logits once (2 bytes per bf16 logit), of a slice such as logits[:, :-1] where
         they are; the gradient reads them again and writes as much. The gradient of a slice autograd
@@ -168,14 +169,15 @@ def warp_loss(
         token_ids: [B, T] or [N] integers; anything where masked.
         advantages: [B], or per token; packed with N = B (some sequence is empty), one per sequence.
         anchor_logits: like logits. Needed for "reverse" and "forward".
-        anchor_logprobs: [B, T] or [N], at the same temperature; instead of anchor_logits.
+        anchor_logprobs: [B, T] or [N] fp32 or fp64, at the same temperature; instead of
+            anchor_logits.
         mask: [B, T] or [N], bool or 0/1; default everything counts. It may be on the CPU.
         cu_seqlens: [B + 1] integers from 0 to N, the bounds of packed sequences; where the mask is.
         beta: strength of the KL term, finite and >= 0; a number or a 0-dim tensor, whose value is
             not looked at on GPUs nor in a trace.
         kl: see above.
         temperature, softcap: of policy and anchor alike; softcap first.
-        old_logprobs: [B, T] or [N], of the policy that sampled.
+        old_logprobs: [B, T] or [N] fp32 or fp64, of the policy that sampled.
         clip_range: one number or (low, high); needs old_logprobs.
         normalizer: Z; "sequence" (B), "token" (mask sum), or a number or 0-dim tensor, such as a
             count over all ranks and accumulation steps; 0 if nothing counts, and the loss is 0.
