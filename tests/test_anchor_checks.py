@@ -127,7 +127,7 @@ def test_a_forward_that_is_a_function_of_the_policy_is_refused() -> None:
 
 def test_a_method_that_holds_the_policy_is_refused_and_others_are_copied() -> None:
     """As TRL patches models: the method takes the copy for its self, and calls the policy."""
-    policy = nn.Linear(2, 2)
+    policy: Any = nn.Linear(2, 2)
     plain = policy.forward
 
     @functools.wraps(plain)
@@ -138,7 +138,7 @@ def test_a_method_that_holds_the_policy_is_refused_and_others_are_copied() -> No
         policy.forward = types.MethodType(kept, policy)
         with pytest.raises(ValueError, match="forward of the policy was replaced"):
             EMAAnchor(policy)
-    double = nn.Linear.forward
+    double: Any = nn.Linear.forward
     method = types.MethodType(lambda self, x: 2 * double(self, x), policy)
     for forward in (method, functools.partial(method), functools.partial(double, policy)):
         policy.forward = forward
@@ -150,7 +150,7 @@ def test_a_method_that_holds_the_policy_is_refused_and_others_are_copied() -> No
 
 
 def test_what_transformers_compiled_of_the_policy_is_not_copied() -> None:
-    policy = nn.Linear(2, 2)
+    policy: Any = nn.Linear(2, 2)
     policy._compiled_call = policy.forward
     assert not hasattr(EMAAnchor(policy).module, "_compiled_call")
     assert policy._compiled_call == policy.forward
