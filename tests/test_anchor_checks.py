@@ -160,7 +160,7 @@ def test_what_transformers_compiled_of_the_policy_is_not_copied() -> None:
 def test_an_anchor_that_lost_its_averages_is_refused(change: str) -> None:
     """The averages would go on where no module uses them."""
     policy = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    anchor = EMAAnchor(policy, storage="fp32")
+    anchor: Any = EMAAnchor(policy, storage="fp32")
     if change == "assigned":
         anchor.module.load_state_dict(policy.state_dict(), assign=True)
     elif change == "replaced":
