@@ -73,6 +73,10 @@ def _ema_kernel(
     entry = table + tl.load(block_entry + pid).to(tl.int64) * STRIDE
     size = entry_size(entry, ALIGNED)
     offs = (pid - tl.load(entry + 1)) * BLOCK + tl.arange(0, BLOCK)
+    if ALIGNED and (STORAGE == _FULL or PARAM_CODE == 2):
+        # one layout for all: where fp32 comes in 4 at a time and bf16 in 8, they would meet in
+        # shared memory, the loads one after the other
+        offs = tl.max_contiguous(tl.multiple_of(offs, 4), 4)
     mask = offs < size
     # bf16 averages are read and written as their bits
     BITS: tl.constexpr = EMA_CODE if STORAGE == _FULL else 4

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from warp_fast._loss_checks import Terms
+from warp_fast._loss_checks import Terms, sent
 from warp_fast._objective import (
     COUPLED,
     Tokens,
@@ -233,7 +233,7 @@ def linear_token_stats_backward_triton(
 
 def _index(mask: Tensor, device: torch.device) -> Tensor:
     """[n] the rows inside a mask on the CPU; nothing waits for the device."""
-    return mask.nonzero()[:, 0].to(device, non_blocking=True)
+    return sent(mask.nonzero()[:, 0], device)
 
 
 def _spread(values: Tensor, index: Tensor, count: int) -> Tensor:

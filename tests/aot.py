@@ -38,6 +38,7 @@ class Variant:
 class Compiled:
     """What came out: bytes of spills and counts of instructions, by their names in SASS or PTX.
 
+    shared: bytes of shared memory.
     fused_fp32: multiply-adds that the compiler made of a product and a sum.
     range_checks: exponentials and divisions in fp32 that come with tests for odd operands.
     """
@@ -47,6 +48,7 @@ class Compiled:
     registers: int
     stack: int
     local: int
+    shared: int
     wide_loads: int
     wide_stores: int
     fused_fp32: int
@@ -287,6 +289,7 @@ def compile_variant(kernels: Any, variant: Variant, capability: int) -> Compiled
         registers,
         stack,
         local,
+        made.metadata.shared,
         len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg[^;]*, 0x10,", ptx)),
         len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
         len(re.findall(r"\bFFMA", sass)) - len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", ptx)),

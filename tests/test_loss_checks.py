@@ -87,7 +87,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "logits",
         {**NO_ANCHOR, "anchor_logprobs": -ONES.bfloat16()},
         TypeError,
-        "16 bits round a log-prob by more than its KL .*; got torch.bfloat16",
+        "16 bits round by more than the KL .*; got torch.bfloat16",
     ),
     ("logits", {"token_ids": ONES}, TypeError, "token_ids must be integers; got torch.float32"),
     ("logits", {"token_ids": IDS.bool()}, TypeError, "token_ids must be integers"),

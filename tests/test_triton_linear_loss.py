@@ -216,3 +216,23 @@ def test_a_step_is_captured_in_a_graph(packed: bool, kl: Any, low_memory: bool) 
     graph.replay()
     for a, b in zip(captured, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=2.0**-6, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_mask_on_the_cpu_waits_for_nothing() -> None:
+    """So many row numbers are not copied aside: unless pinned, they wait for their turn."""
+    hidden = torch.randn(1, 1 << 15, 64, device=DEVICE, dtype=BF16)
+    weight = torch.randn(512, 64, device=DEVICE, dtype=BF16).requires_grad_()
+    ids, advantages = torch.zeros(1, 1 << 15, device=DEVICE).long(), torch.ones(1, device=DEVICE)
+    mask = torch.rand(1, 1 << 15) < 0.7
+
+    def run() -> None:
+        warp_fast.linear_warp_loss(hidden, weight, ids, advantages, mask=mask, kl="none")
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 31)  # type: ignore[no-untyped-call]
+    awake: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    awake.record()
+    run()
+    assert not awake.query()

@@ -262,6 +262,13 @@ def can_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; if not pinned, the host would wait for what is queued on the device."""
+    if device.type == "cuda" and can_look(tensor) and not torch.cuda.is_current_stream_capturing():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def terms(
     rows: Tokens,
     advantages: Tensor,
@@ -316,9 +323,8 @@ def _per_token(
     floating(**{name: values})
     if values.dtype.itemsize < 4:
         raise TypeError(
-            f"{name} must be float32 or float64: 16 bits round a log-prob by more than its KL to a "
-            f"slow anchor; got {values.dtype}. Under FSDP2, MixedPrecisionPolicy needs "
-            "cast_forward_inputs=False and no output_dtype"
+            f"{name} must be float32 or float64, since 16 bits round by more than the KL to a slow "
+            f"anchor; got {values.dtype} (FSDP2: MixedPrecisionPolicy(cast_forward_inputs=False))"
         )
     if values.shape != rows.shape or values.device != rows.mask.device:
         raise ValueError(

@@ -67,7 +67,7 @@ class Tokens:
         if cu_seqlens is not None:  # nobody asks a GPU whether they end at N
             kept, sequence = kept & (index < cu_seqlens[-1]), sequence.clamp(max=max(0, count - 1))
         on_host = (kept, sequence) if source.type == "cpu" else None
-        kept, sequence = (x.to(device, non_blocking=True) for x in (kept, sequence))
+        kept, sequence = (checks.sent(x, device) for x in (kept, sequence))
         ids = torch.where(kept, token_ids.reshape(-1).long(), 0)
         return Tokens(shape, ids, kept, sequence, count, shape[-1], on_host)
 
