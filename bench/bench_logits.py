@@ -7,8 +7,8 @@ anchor beside them: REINFORCE with the KL in the reward, or with the exact rever
 judges both against float64. `GB/s` counts what nobody can do without: one read of policy and anchor
 and one write of the gradient, 6 bytes per logit; `of floor` is the time of that at the bandwidth of
 the probes, over the time. With the KL in the reward it is 0.75 at most: a coefficient needs the
-whole sequence, and so the logits a second read. `in_place` writes the gradient over the logits, which are made anew
-before each run, untimed.
+whole sequence, and so the logits a second read. `in_place` writes the gradient over the logits,
+which are made anew before each run, untimed.
 """
 
 from __future__ import annotations

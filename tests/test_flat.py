@@ -180,6 +180,19 @@ def test_meta_tensors_are_not_tied() -> None:
     assert [segment.names for segment in FlatParameters(pair).segments] == [("a",), ("b",)]
 
 
+def test_one_object_of_two_names_is_tied_whatever_it_is() -> None:
+    class Named(nn.Parameter):
+        pass
+
+    module = nn.Module()
+    module.a = module.b = Named(torch.ones(2))
+    flat = FlatParameters(module)
+    flat.rebind_(module)
+    flat.views()["a"].zero_()
+    assert [segment.names for segment in flat.segments] == [("a", "b")]
+    assert module.a is module.b and module.a.sum() == 0
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import warp_fast
 from tests.linear_loss_cases import KINDS, V, call, check, finite, widened
@@ -229,6 +230,33 @@ def test_weight_grad_is_summed_in_the_dtype_that_the_caller_asks_for(
             torch.autograd.backward(result.loss + of_values)
     assert weight.grad is buffer and exact.grad is not None and hidden.grad is not None
     torch.testing.assert_close(buffer - 1, exact.grad.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="needs a newer torch")
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("kept", ["checkpoint", "on the CPU"])
+def test_so_it_is_where_the_weight_is_kept_elsewhere(kept: str, low_memory: bool) -> None:
+    """What a checkpoint or a hook gives the backward pass has no grad_dtype."""
+    found = []
+    for elsewhere in (False, True):
+        torch.manual_seed(0)
+        (hidden, weight), options = problem(torch.bfloat16)
+        weight.grad_dtype = torch.float32
+
+        def loss(hidden: Tensor, weight: Any = weight, options: Any = options) -> Tensor:
+            more = {**options, "low_memory": low_memory}
+            return warp_fast.linear_warp_loss(hidden, weight, **more).loss
+
+        if not elsewhere:
+            torch.autograd.backward(loss(hidden))
+        elif kept == "checkpoint":
+            torch.autograd.backward(checkpoint(loss, hidden, use_reentrant=False))
+        else:
+            with torch.autograd.graph.save_on_cpu():
+                torch.autograd.backward(loss(hidden))
+        assert weight.grad is not None and weight.grad.dtype == torch.float32
+        found.append(weight.grad)
+    assert torch.equal(*found)
 
 
 @served

@@ -162,6 +162,20 @@ def test_who_needs_the_logits_learns_that_they_are_gone(kl: Any, backend: str) -
         torch.autograd.grad(loss + other, problem.weight)
 
 
+@pytest.mark.parametrize("kl", ["none", "k2", "reverse"])
+def test_a_trace_learns_that_they_are_gone(kl: Any) -> None:
+    problem = Problem()
+
+    def total(weight: Tensor) -> Tensor:
+        logits = problem.hidden @ weight.T
+        return logits.square().sum() + problem.loss(logits, kl=kl, in_place=True).loss
+
+    torch.compiler.reset()
+    step = torch.compile(total, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(step(problem.weight), problem.weight)
+
+
 @served
 def test_two_losses_cannot_be_in_one_place(backend: str) -> None:
     problem = Problem()
@@ -183,6 +197,21 @@ def test_in_a_checkpointed_part(reentrant: bool, backend: str) -> None:
     torch.autograd.backward(found)
     (expected,) = torch.autograd.grad(loss(problem.weight, False), problem.weight)
     torch.testing.assert_close(problem.weight.grad, expected)
+
+
+def test_what_fails_in_a_checkpointed_part_is_told_as_it_is() -> None:
+    """Who makes the batch smaller then must see that memory ran out."""
+    problem, calls = Problem(), []
+
+    def loss(weight: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory for the logits")
+        return problem.loss(problem.hidden @ weight.T, in_place=True).loss
+
+    found = checkpoint(loss, problem.weight, use_reentrant=False)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for the logits"):
+        torch.autograd.backward(found)
 
 
 def refused(logits: Tensor, anchor: Tensor) -> Any:

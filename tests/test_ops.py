@@ -119,6 +119,30 @@ def test_compiled_merge_equals_eager(backend: str, form: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("backend", EMA)
+def test_a_trace_is_not_tied_to_a_step(backend: str) -> None:
+    """It is another one at every update."""
+
+    def update(ema: Tensor, params: Tensor, step: int) -> Tensor:
+        options: dict[str, Any] = {"stochastic": True, "seed": 3, "backend": backend}
+        ema_update_(ema, params, 0.3, step=step, **options)
+        return ema.float()
+
+    ema, params = torch.zeros(64, dtype=BF16), torch.randn(64)
+    run = compiled(update)
+    for step in range(10):
+        assert torch.equal(run(ema.clone(), params, step), update(ema.clone(), params, step))
+
+
+@pytest.mark.parametrize("backend", SLERP)
+def test_other_etas_of_a_compiled_merge(backend: str) -> None:
+    init, policies = weights()
+    run = compiled(lambda eta: slerp(init, policies, eta=eta, backend=backend))
+    for eta in (0.3, 0.5, 1):
+        expected = slerp(init, policies, eta=eta, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(run(eta), expected, strict=True))
+
+
 # --- overlap -------------------------------------------------------------------------------------
 
 OVERLAP = "a tensor that is written must not share memory with another argument"
@@ -227,6 +251,40 @@ def test_autograd_learns_of_a_merge_in_place(backend: str) -> None:
     slerp(init, [one, two], out=init, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.backward()
+
+
+def test_a_trace_learns_of_what_is_written() -> None:
+    """It would differentiate through what was there before."""
+    x = torch.randn(4, requires_grad=True)
+
+    def moved(x: Tensor, average: Tensor) -> Tensor:
+        saved = (x * average).sum()
+        with torch.no_grad():
+            ema_update_(average, x.detach(), 0.5)
+        return saved
+
+    def merged(x: Tensor, init: Tensor) -> Tensor:
+        saved = (x * init).sum()
+        slerp(init, [init + 1], out=init)
+        return saved
+
+    for function in (moved, merged):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            compiled(function)(x, torch.randn(4)).backward()
+
+
+@pytest.mark.parametrize("backend", EMA)
+def test_tensors_of_inference_mode_are_written_in_it_alone(backend: str) -> None:
+    with torch.inference_mode():
+        average = torch.zeros(3)
+        ema_update_(average, torch.ones(3), 1.0, backend=backend)
+        assert average.sum() == 3
+    for ema in ([average], [torch.ones(3), average]):
+        with pytest.raises((ValueError, RuntimeError), match=r"(?i)inference"):
+            ema_update_(ema, [torch.zeros(3)] * len(ema), 1.0, backend=backend)
+        with pytest.raises((ValueError, RuntimeError), match=r"(?i)inference"):
+            slerp(ema, [[x + 1 for x in ema]], out=ema, backend=backend)
+        assert all(x.sum() == 3 for x in ema)
 
 
 @pytest.mark.parametrize("backend", EMA)

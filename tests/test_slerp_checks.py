@@ -179,10 +179,11 @@ def test_products_that_overflow_are_refused_as_such() -> None:
         (torch.zeros(1, 2, 3, dtype=FP64), ValueError, r"got \(1, 2, 3\)"),
         (torch.zeros(1, 0, 0, dtype=FP64), ValueError, r"got \(1, 0, 0\)"),
         (torch.zeros(1, 2, 2), TypeError, "gram must be float64; got torch.float32"),
+        ([[[1.0]]], TypeError, "gram must be a tensor; got list"),
         (pair(math.nan), ValueError, "in segment 0 "),
     ],
 )
-def test_refused_gram(products: Tensor, error: type[Exception], message: str) -> None:
+def test_refused_gram(products: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         slerp_coefficients(products)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from warp_fast._backend import TRITON_DEVICE
@@ -25,7 +24,27 @@ def define(name: str, schema: str, kernel: Kernel, fake: Kernel, device: str | N
     torch.library.define(qualified, schema)
     torch.library.impl(qualified, device or "default", _untraced(kernel))
     torch.library.register_fake(qualified, fake)
-    return getattr(torch.ops.warp_fast, name).default
+    op = getattr(torch.ops.warp_fast, name).default
+    _mark_written(name, op)
+    return op
+
+
+_LIBRARY: Any = torch.library.Library("warp_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _mark_written(name: str, op: Any) -> None:
+    """Let autograd know which arguments an op writes, in a trace too, as it does of torch's own."""
+    arguments = op._schema.arguments
+    places = [i for i, x in enumerate(arguments) if x.alias_info and x.alias_info.is_write]
+
+    def run(keys: Any, *given: Any) -> Any:
+        for i in places:
+            torch.autograd.graph.increment_version(given[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *given)
+
+    if places:
+        _LIBRARY.impl(name, run, "ADInplaceOrView", with_keyset=True)
 
 
 def define_each(
@@ -58,17 +77,6 @@ def triton(stem: str, launcher: str) -> Kernel:
 
     def run(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"warp_fast.kernels.{stem}"), launcher)(*arguments)
-
-    return run
-
-
-def written(kernel: Kernel) -> Kernel:
-    """One that writes its first argument, so that autograd knows of it."""
-
-    def run(first: Tensor, *rest: Any) -> Any:
-        found = kernel(first, *rest)
-        torch.autograd.graph.increment_version(first)
-        return found
 
     return run
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, SupportsFloat
 
+from torch import SymFloat, SymInt
+
+_PLAIN = (int, float, SymInt, SymFloat)  # the latter two in a trace
+
 
 def read_etas(eta: Any) -> tuple[list[float], bool]:
     """(the numbers, whether they came as several: an iterable, a vector of numpy or torch).
@@ -12,6 +16,8 @@ def read_etas(eta: Any) -> tuple[list[float], bool]:
     Raises:
         TypeError: eta is neither a number nor several of them in one dimension.
     """
+    if isinstance(eta, _PLAIN):
+        return [float(eta)], False
     several = isinstance(eta, Iterable) and not isinstance(eta, str | bytes)
     several = several and getattr(eta, "ndim", 1) == 1
     etas = list(eta) if several else [eta]
@@ -19,6 +25,8 @@ def read_etas(eta: Any) -> tuple[list[float], bool]:
 
 
 def _number(eta: Any) -> float:
+    if isinstance(eta, _PLAIN):
+        return float(eta)
     text = isinstance(eta, str | bytes)
     if text or not isinstance(eta, SupportsFloat) or getattr(eta, "ndim", 0) != 0:
         raise TypeError(f"eta must be a number, or a sequence of numbers; got {eta!r}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from warp_fast._define import Kernel, define, define_each, no_result, triton, written
+from warp_fast._define import Kernel, define, define_each, no_result, triton
 from warp_fast._loss_checks import Terms
 from warp_fast._objective import Tokens, exact_kl_of
 from warp_fast._stats_ops import (
@@ -16,7 +16,7 @@ from warp_fast._stats_ops import (
     STATE_OF,
     Gradients,
     fake_gradients,
-    gradient_dtype,
+    gradient_dtypes,
     kept_state,
     rounded,
     save,
@@ -105,6 +105,7 @@ def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(found.anchor_logprobs, *found[5:])
     ctx.head = (heads.temperature, heads.softcap, exact_kl_of(terms.kl))
     anchor = heads[2:4] if ctx.head[2] else (None, None)
+    ctx.dtypes = gradient_dtypes(heads[:2])
     rest = rows.token_ids, rows.mask, host_mask, found.state, found.slopes
     save(ctx, [*heads[:2], *anchor, *rest])
     # given away by the first backward pass, and so not among the saved tensors, which outlive it
@@ -130,11 +131,10 @@ SCALED = define_each(
 
 
 def _linear_loss_autograd(backward: Any, scaled: Any) -> Kernel:
-    def final(made: Tensor | None, scale: Tensor, of: Tensor) -> Tensor | None:
+    def final(made: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
         """A gradient made in the forward pass, in one pass over it."""
         if made is None:
             return None
-        dtype = gradient_dtype(of)
         found: Tensor = made.mul_(scale) if made.dtype == dtype else scaled(made, scale, dtype)
         return found
 
@@ -146,9 +146,9 @@ def _linear_loss_autograd(backward: Any, scaled: Any) -> Kernel:
         if dtotal is not None:
             upstream = upstream + slopes * dtotal
         needs = ctx.needs_input_grad[:2]
-        rest = (*anchor, *ctx.head, *needs, kept_state(state), host_mask, gradient_dtype(weight))
+        rest = (*anchor, *ctx.head, *needs, kept_state(state), host_mask, ctx.dtypes[1])
         found = backward(upstream, hidden, weight, token_ids, *rest)
-        return rounded(found, (hidden, weight), needs)
+        return rounded(found, ctx.dtypes, needs)
 
     def gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dtotal, dlogprobs, dentropy, _, dkl, *_ = gradients
@@ -159,8 +159,7 @@ def _linear_loss_autograd(backward: Any, scaled: Any) -> Kernel:
         of_total_alone = all(x is None for x in of_stats) and not torch.is_grad_enabled()
         parts: Gradients
         if there and of_total_alone and dtotal is not None:
-            of = ctx.saved_tensors[:2]
-            parts = [final(part, dtotal, like) for part, like in zip(made, of, strict=True)]
+            parts = [final(part, dtotal, to) for part, to in zip(made, ctx.dtypes, strict=True)]
         else:
             parts = again(ctx, dtotal, *of_stats)
         return *parts, *[None] * 20
@@ -188,10 +187,10 @@ SCALE = define_each(
     "scale_{}_",
     "(Tensor(a!) values, Tensor factor) -> ()",
     {
-        "reference": written(reference_loss.scale_reference_),
-        "triton": written(triton("loss", "scale_triton_")),
-        "cpp": written(reference_loss.scale_reference_),
-        "cuda": written(native_loss_cuda.scale_cuda_),
+        "reference": reference_loss.scale_reference_,
+        "triton": triton("loss", "scale_triton_"),
+        "cpp": reference_loss.scale_reference_,
+        "cuda": native_loss_cuda.scale_cuda_,
     },
     no_result,
 )
@@ -213,6 +212,9 @@ def _give_gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     try:
         (made,), ctx.given = ctx.saved_tensors, True
     except RuntimeError as error:
+        # a checkpoint makes the logits again here, which may fail in any way
+        if "modified by an inplace operation" not in str(error):
+            raise
         raise RuntimeError(
             "the gradient of a loss in_place lies where its logits were, which have been written "
             "since; make one such loss for all rows of one tensor, and write nothing to it before "

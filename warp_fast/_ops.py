@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from warp_fast._define import Kernel, define, define_each, no_result, triton
 from warp_fast._overlap import refuse_overlap
@@ -25,7 +24,7 @@ from warp_fast.reference import slerp as reference_slerp
 
 _EMA_SCHEMA = (
     "(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] residual, float rate, Tensor? device_rate, "
-    "bool stochastic, int seed, int step, int[] first_index) -> ()"
+    "bool stochastic, SymInt seed, SymInt step, int[] first_index) -> ()"
 )
 
 
@@ -33,7 +32,6 @@ def _checked_ema(kernel: Kernel) -> Kernel:
     def run(ema: list[Tensor], params: list[Tensor], residual: list[Tensor], *rest: Any) -> None:
         refuse_overlap([*ema, *residual], params, same=False)
         kernel(ema, params, residual, *rest)
-        increment_version([*ema, *residual])
 
     return run
 
@@ -73,7 +71,6 @@ def _checked_apply(kernel: Kernel) -> Kernel:
     def run(out: list[Tensor], init: list[Tensor], policies: list[Tensor], *rest: Any) -> None:
         refuse_overlap(out, [*init, *policies], same=len(out) == len(init))
         kernel(out, init, policies, *rest)
-        increment_version(out)
 
     return run
 

@@ -37,13 +37,18 @@ def is_apart(tensor: Tensor) -> bool:
 
 
 def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: bool) -> None:
-    """Raise ValueError where a written tensor may share bytes with another one or within itself.
+    """Raise ValueError where a written tensor may share bytes with another one or within itself,
+    or is of inference mode and the call is not.
 
     Tensors are taken to be all from their first byte to their last.
     same: allow read[i] to occupy exactly the bytes of written[i] (elementwise in-place).
     """
     # called for every update: mostly all are contiguous, and nothing touches anything
     everything = [*written, *read]
+    if any([x.is_inference() for x in written]) and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            "a tensor of inference mode cannot be written outside of it; give a clone of it"
+        )
     if all([x.is_contiguous() for x in everything]):
         starts = [x.data_ptr() for x in everything]
         stops = map(operator.add, starts, [x.nbytes for x in everything])

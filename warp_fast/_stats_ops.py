@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from warp_fast._define import DEVICE, Kernel, define_each, no_result, triton, written
+from warp_fast._define import DEVICE, Kernel, define_each, no_result, triton
 from warp_fast._loss_rows import STATE
 from warp_fast.native import linear_loss as native_linear_loss
 from warp_fast.native import loss as native_loss
@@ -123,6 +123,7 @@ def _save_stats(policy: int) -> Kernel:
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, temperature, softcap, exact_kl, _ = inputs
+        ctx.dtypes = gradient_dtypes(tensors[:2])
         if not exact_kl:  # the gradient needs no anchor, which the caller may drop or write to
             tensors[policy:] = [None] * len(tensors[policy:])
         ctx.mark_non_differentiable(output[2], output[4])
@@ -152,16 +153,21 @@ def _stats_autograd(backward: Any) -> Kernel:
     return gradient
 
 
-def gradient_dtype(of: Tensor) -> torch.dtype:
-    """That of the tensor, unless the caller asks for another one by its grad_dtype."""
-    asked: torch.dtype | None = getattr(of, "grad_dtype", None) if of.is_leaf else None
-    return of.dtype if asked is None else asked
+def gradient_dtypes(of: Sequence[Tensor]) -> list[torch.dtype]:
+    """Those of the tensors, unless the caller asks for another one by the grad_dtype of a leaf.
+
+    For the forward pass: what a checkpoint or a hook gives the backward pass has none.
+    """
+    asked = [getattr(x, "grad_dtype", None) if x.is_leaf else None for x in of]
+    return [dtype or x.dtype for dtype, x in zip(asked, of, strict=True)]
 
 
-def rounded(found: Sequence[Tensor], of: tuple[Tensor, Tensor], needs: Sequence[bool]) -> Gradients:
+def rounded(
+    found: Sequence[Tensor], dtypes: Sequence[torch.dtype], needs: Sequence[bool]
+) -> Gradients:
     """What autograd takes of the gradients of hidden and weight."""
-    triples = zip(found, of, needs, strict=True)
-    return [part.to(gradient_dtype(like)) if need else None for part, like, need in triples]
+    triples = zip(found, dtypes, needs, strict=True)
+    return [part.to(dtype) if need else None for part, dtype, need in triples]
 
 
 def _linear_stats_autograd(backward: Any) -> Kernel:
@@ -169,9 +175,9 @@ def _linear_stats_autograd(backward: Any) -> Kernel:
         hidden, weight, token_ids, mask, *anchor, state = ctx.saved_tensors
         upstream = upstream_of(mask, gradients[0], gradients[1], gradients[3])
         needs = tuple(ctx.needs_input_grad[:2])
-        rest = (*anchor, *ctx.head, *needs, kept_state(state), None, gradient_dtype(weight))
+        rest = (*anchor, *ctx.head, *needs, kept_state(state), None, ctx.dtypes[1])
         found = backward(upstream, hidden, weight, token_ids, *rest)
-        return *rounded(found, (hidden, weight), needs), *[None] * 8
+        return *rounded(found, ctx.dtypes, needs), *[None] * 8
 
     return gradient
 
@@ -260,7 +266,7 @@ def _over_logits(backward: Kernel) -> Kernel:
     def run(logits: Tensor, upstream: Tensor, *rest: Any) -> None:
         backward(upstream, logits, *rest, logits)
 
-    return written(run)
+    return run
 
 
 TOKEN_GRADIENT = define_each(
@@ -272,6 +278,6 @@ TOKEN_GRADIENT = define_each(
 TOKEN_FUSED = define_each(
     "token_stats_fused_{}_",
     _FUSED_SCHEMA,
-    {"cuda": written(native_loss_cuda.token_stats_fused_cuda_)},
+    {"cuda": native_loss_cuda.token_stats_fused_cuda_},
     lambda logits, *rest: _fake_stats(0)(logits, *rest)[:4],
 )

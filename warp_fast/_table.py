@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -139,6 +140,7 @@ class TableCache:
         self._bytes = 0
         self._last: object = None  # of the last call, which is the last to go
         self._captured: dict[object, object] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._tables)
@@ -156,7 +158,11 @@ class TableCache:
             tuple([x.numel() for x in tensors]),
             tuple([x.dtype for x in tensors]),
         )
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        with self._lock:
+            return self._found(key, build)
+
+    def _found(self, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+        capturing = key[0].type == "cuda" and torch.cuda.is_current_stream_capturing()
         found = self._tables.get(key)
         if found is None:
             found = self._captured.get(key)

@@ -161,19 +161,26 @@ def _range_of(entry: Any) -> tuple[int, int]:
 
 
 def _names_of(group: Any) -> list[str]:
-    if isinstance(group, str | Tensor) or not isinstance(group, Iterable):
-        raise TypeError(f"each group of segments must be a list of names; got {group!r}")
+    if isinstance(group, str | Tensor | Segment) or not isinstance(group, Iterable):
+        raise TypeError(
+            "segments of a dict must be groups, each a list of its names (ranges are for a flat "
+            f"tensor); got {group!r}"
+        )
     return sorted(group) if isinstance(group, Set) else list(group)
 
 
 def _grouped_layout(keys: list[str], segments: Any) -> Layout:
     named = isinstance(segments, Mapping)
-    groups = [_names_of(group) for group in (segments.values() if named else segments)]
+    given = list(segments.values()) if named else segments
+    if not isinstance(given, Iterable):
+        raise TypeError(f"segments of a dict must be groups of its names; got {segments!r}")
+    groups = [_names_of(group) for group in given]
     number = {key: s for s, group in enumerate(groups) for key in group}
     listed = [key for group in groups for key in group]
-    if sorted(listed) != sorted(keys):
-        odd = sorted(set(listed) ^ set(keys)) or sorted({k for k in listed if listed.count(k) > 1})
-        raise ValueError(f"segments must hold every name exactly once; check {odd[:5]}")
+    if odd := set(listed) ^ set(keys) or {k for k in listed if listed.count(k) > 1}:
+        raise ValueError(
+            f"segments must hold every name exactly once; check {sorted(odd, key=str)[:5]}"
+        )
     if not all(groups):
         raise ValueError("a group of segments must hold at least one name; got an empty one")
     names = [str(key) for key in segments] if named else [str(group[0]) for group in groups]

@@ -102,6 +102,8 @@ def _listed(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 def counter(name: str, given: int) -> int:
     """An integer that the ops take."""
+    if isinstance(given, int) and torch.compiler.is_compiling():
+        return given  # a look at its value would tie the trace to it
     try:
         number = index(given)
     except TypeError as error:

@@ -291,8 +291,8 @@ def linear_warp_loss(
         On GPUs fp16 takes a copy of the head in fp32 besides, mixed dtypes one of both heads.
     Numerics: products in fp32, where TF32 is allowed too, so that a KL of 1e-5 nats per token is
         right; the gradient of weight is summed in fp32, and returned so where weight.grad_dtype is
-        torch.float32: micro-batches then add up in weight.grad, which may be a buffer of the
-        caller's, without a rounding.
+        torch.float32 (a trace does not see it): micro-batches then add up in weight.grad, which may
+        be a buffer of the caller's, without a rounding.
         Gradients flow to hidden and weight, each only if it requires one.
     """
     temperature, softcap = checks.head(temperature, softcap)

@@ -88,6 +88,8 @@ def slerp_coefficients(gram: Tensor) -> Tensor:
     Numerics: pairs that are zero, parallel or antiparallel (sin of their angle below 1e-6) get the
         linear rule (1 - 1/m, 1/m), with a warning; never NaN.
     """
+    if not isinstance(gram, Tensor):
+        raise TypeError(f"gram must be a tensor; got {type(gram).__name__}")
     if gram.dim() != 3 or gram.shape[1] != gram.shape[2] or gram.shape[1] == 0:
         raise ValueError(f"gram must be [S, M, M] with M >= 1; got {tuple(gram.shape)}")
     if gram.dtype != torch.float64:
@@ -120,7 +122,8 @@ def slerp(
             `FlatParameters.segments` (elements outside them keep the value of init); None is one
             segment. For a dict: groups of names (a list of lists, or a dict of lists); None is one
             segment per tensor. A list has one per tensor. Of names in a dict that are tied in init
-            and in every policy the first counts, and the results are tied.
+            and in every policy the first counts, and the results are tied; but in a trace, which
+            knows no addresses, each name has a tensor of its own.
         eta: LITI step, finite; 0 is init, 1 the merge, above 1 extrapolates. A sequence gives a
             list of results from the same two passes.
         out: where to write, of the form of the result; may be init itself for one eta.
@@ -209,7 +212,7 @@ def _merge(
 
 def _finite_etas(eta: Any) -> tuple[list[float], bool]:
     etas, several = read_etas(eta)
-    if not etas or not all(math.isfinite(e) for e in etas):
+    if not etas or not all(abs(e) < math.inf for e in etas):
         raise ValueError(f"eta must be a finite number, or at least one of them; got {eta}")
     return etas, several
 
