@@ -58,13 +58,6 @@ def _fake_stats(state: int) -> Kernel:
     return fake
 
 
-def _fake_linear_backward(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    first, second = fake_gradients((hidden, weight), rest[6:8], upstream.dtype)
-    return first, second.to(rest[10] if len(rest) > 10 and rest[10] else upstream.dtype)
-
-
 def fake_gradients(
     of: tuple[Tensor, Tensor], needs: tuple[bool, bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -72,6 +65,20 @@ def fake_gradients(
         x.new_empty(x.shape if need else 0, dtype=dtype) for x, need in zip(of, needs, strict=True)
     )
     return first, second
+
+
+def _fake_linear_backward(
+    upstream: Tensor,
+    heads: Heads,
+    token_ids: Tensor,
+    exact_kl: str,
+    needs: tuple[bool, bool],
+    state: Tensor | None = None,
+    host_mask: Tensor | None = None,
+    weight_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    dhidden, dweight = fake_gradients(heads[:2], needs, upstream.dtype)
+    return dhidden, dweight.to(weight_dtype or upstream.dtype)
 
 
 def _on_heads(kernel: Kernel) -> Kernel:
@@ -190,11 +197,11 @@ def _differentiate(
     ops: Mapping[str, Any],
     backward: Mapping[str, Any],
     autograd: Callable[[Any], Kernel],
-    save: Kernel,
+    setup: Kernel,
 ) -> None:
     """Register the gradient of each op by that of the same backend in `backward`."""
     for name, op in ops.items():
-        torch.library.register_autograd(op, autograd(backward[name]), setup_context=save)
+        torch.library.register_autograd(op, autograd(backward[name]), setup_context=setup)
         torch.library.register_autograd(backward[name], _no_second_derivative)
 
 
@@ -244,7 +251,7 @@ LINEAR_TOKEN_STATS_BACKWARD = define_each(
         "triton": _backward_on_heads(triton("linear_loss", "linear_token_stats_backward_triton")),
         "cpp": _backward_on_heads(native_linear_loss.linear_token_stats_backward_cpp),
     },
-    _fake_linear_backward,
+    _backward_on_heads(_fake_linear_backward),
 )
 _differentiate(
     LINEAR_TOKEN_STATS, LINEAR_TOKEN_STATS_BACKWARD, _linear_stats_autograd, _save_stats(policy=4)
