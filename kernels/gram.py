@@ -177,7 +177,7 @@ def gram_triton(
     """
     runs = len(policies) // len(init)
     chunk = tiling(runs).chunk
-    columns = by_column(init, policies)
+    columns = by_column([*init, *policies], len(init))
 
     def build() -> tuple[list[Launch], Tensor, int]:
         return gram_launches(columns, chunk, segment, count)

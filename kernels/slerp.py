@@ -84,9 +84,10 @@ def slerp_apply_triton_(
     Rows whose outputs differ in dtype take a pass each.
     """
     written = [x.contiguous() for x in out]
-    read = by_column(init, policies)
+    read = by_column([*init, *policies], len(init))
+    results = by_column(written, len(init))
     with on_device(init[0]):
-        passes = apply_launches(_tables, read, by_column(init, written)[1:], _BLOCK, segment)
+        passes = apply_launches(_tables, read, results, _BLOCK, segment)
         weights = coefficients.to(init[0].device, torch.float64)
         for rows, launches in passes:
             _apply(launches, chosen(weights, rows), len(read))

@@ -218,13 +218,10 @@ def copied_back(originals: Sequence[Tensor], used: Sequence[Tensor]) -> None:
             original.copy_(stand_in)
 
 
-def by_column(init: list[Tensor], others: list[Tensor]) -> list[list[Tensor]]:
-    """init and the tensors of each policy (or row of outputs), as contiguous tensors."""
-    listed = [*init, *others]
-    return [
-        [x.contiguous() for x in listed[at : at + len(init)]]
-        for at in range(0, len(listed), len(init))
-    ]
+def by_column(tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+    """Contiguous tensors, `count` to a column: init, a policy, or the outputs of one eta."""
+    whole = [x.contiguous() for x in tensors]
+    return [whole[at : at + count] for at in range(0, len(whole), count)]
 
 
 def by_segment(segment: list[int]) -> list[int]:

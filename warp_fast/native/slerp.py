@@ -35,7 +35,7 @@ def gram_cpp(init: list[Tensor], policies: list[Tensor], segment: list[int], cou
     """
     runs = len(policies) // len(init)
     gram = torch.zeros(count, runs, runs, dtype=torch.float64)
-    listed = _by_tensor(_table.by_column(init, policies))
+    listed = _by_tensor(_table.by_column([*init, *policies], len(init)))
     extension().gram(
         addresses(listed),
         codes(listed),
@@ -60,8 +60,7 @@ def slerp_apply_cpp_(
     Strided outputs go through a copy. Large outputs are written around the cache.
     """
     written = [tensor.contiguous() for tensor in out]
-    results = _table.by_column(init, written)[1:]
-    listed = _by_tensor([*_table.by_column(init, policies), *results])
+    listed = _by_tensor(_table.by_column([*init, *policies, *written], len(init)))
     weights = coefficients.double().contiguous()
     rows, segments, runs = weights.shape
     extension().slerp_apply(
@@ -85,7 +84,7 @@ def gram_cuda(init: list[Tensor], policies: list[Tensor], segment: list[int], co
     """
     module = extension()
     runs = len(policies) // len(init)
-    columns = _table.by_column(init, policies)
+    columns = _table.by_column([*init, *policies], len(init))
 
     def build() -> tuple[list[_table.Launch], Tensor, int]:
         return _table.gram_launches(columns, module.GRAM_CHUNK, segment, count)
@@ -126,8 +125,8 @@ def slerp_apply_cuda_(
     """
     module = extension()
     written = [tensor.contiguous() for tensor in out]
-    read = _table.by_column(init, policies)
-    results = _table.by_column(init, written)[1:]
+    read = _table.by_column([*init, *policies], len(init))
+    results = _table.by_column(written, len(init))
     with _table.on_device(init[0]):
         passes = _table.apply_launches(_tables, read, results, module.APPLY_BLOCK, segment)
         weights = coefficients.to(init[0].device, torch.float64)
