@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from warp_fast._table import CODE
+
+# dtype codes of the table
+BF16, FP16, FP32, FP64, INT16 = (
+    tl.constexpr(CODE[dtype])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int16)
+)
 HEAD = tl.constexpr(3)  # fields of a table row before the addresses: size, first block, payload
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -13,13 +21,13 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 @triton.jit
 def typed_pointer(address, CODE: tl.constexpr, ALIGNED: tl.constexpr):
     """int64 address -> pointer to the dtype of CODE; ALIGNED promises a multiple of 16 bytes."""
-    if CODE == 0:
+    if CODE == BF16:
         pointer = address.to(tl.pointer_type(tl.bfloat16))
-    elif CODE == 1:
+    elif CODE == FP16:
         pointer = address.to(tl.pointer_type(tl.float16))
-    elif CODE == 2:
+    elif CODE == FP32:
         pointer = address.to(tl.pointer_type(tl.float32))
-    elif CODE == 3:
+    elif CODE == FP64:
         pointer = address.to(tl.pointer_type(tl.float64))
     else:
         pointer = address.to(tl.pointer_type(tl.int16))
@@ -62,11 +70,11 @@ def deltas_of(init, policies, offs, mask, COUNT: tl.constexpr, EVICT: tl.constex
 @triton.jit
 def rounded(value, CODE: tl.constexpr):
     """fp32 or fp64 -> the stored dtype, to nearest even; fp64 by way of fp32, as in torch."""
-    if CODE == 3:
+    if CODE == FP64:
         near = value.to(tl.float64)
-    elif CODE == 2:
+    elif CODE == FP32:
         near = value.to(tl.float32)
-    elif CODE == 1:
+    elif CODE == FP16:
         near = value.to(tl.float32).to(tl.float16)
     elif INTERPRETED:
         # the interpreter would truncate

@@ -8,21 +8,22 @@ import triton.language as tl
 from torch import Tensor
 
 from warp_fast._table import (
+    FULL,
+    SPLIT,
+    STOCHASTIC,
     TableCache,
     copied_back,
     ema_launches,
     on_device,
 )
-from warp_fast.kernels._common import HEAD, entry_size, typed_pointer
+from warp_fast.kernels._common import FP64, HEAD, INT16, entry_size, typed_pointer
 from warp_fast.reference.ema import random_key
 
 # 16 elements per thread: split storage has six 16-byte loads in flight in each
 _BLOCK = 4096
 _WARPS = 8
 
-_FULL = tl.constexpr(0)
-_SPLIT = tl.constexpr(1)
-_STOCHASTIC = tl.constexpr(2)
+_FULL, _SPLIT, _STOCHASTIC = map(tl.constexpr, (FULL, SPLIT, STOCHASTIC))
 
 _tables = TableCache()
 
@@ -79,14 +80,14 @@ def _ema_kernel(
         offs = tl.max_contiguous(tl.multiple_of(offs, 4), 4)
     mask = offs < size
     # bf16 averages are read and written as their bits
-    BITS: tl.constexpr = EMA_CODE if STORAGE == _FULL else 4
+    BITS: tl.constexpr = EMA_CODE if STORAGE == _FULL else INT16
     ema_ptrs = typed_pointer(tl.load(entry + HEAD), BITS, ALIGNED) + offs
     param_ptrs = typed_pointer(tl.load(entry + HEAD + 1), PARAM_CODE, ALIGNED) + offs
 
     average = tl.load(ema_ptrs, mask=mask, eviction_policy="evict_first")
     end = tl.load(param_ptrs, mask=mask, eviction_policy="evict_first")
     if STORAGE == _SPLIT:
-        residual_ptrs = typed_pointer(tl.load(entry + HEAD + 2), 4, ALIGNED) + offs
+        residual_ptrs = typed_pointer(tl.load(entry + HEAD + 2), INT16, ALIGNED) + offs
         low = tl.load(residual_ptrs, mask=mask, eviction_policy="evict_first")
         start = ((average.to(tl.int32) << 16) + low.to(tl.int32)).to(tl.float32, bitcast=True)
     elif STORAGE == _STOCHASTIC:
@@ -139,39 +140,27 @@ def ema_update_triton_(
     written = [x.contiguous() for x in [*ema, *residual]]
     averages, remainders = written[: len(ema)], written[len(ema) :]
     columns = [averages, [x.contiguous() for x in params]] + ([remainders] if residual else [])
+    key_in, key_out = map(_signed, random_key(seed, step))
     with on_device(ema[0]):
-        _launch(columns, rate, device_rate, (stochastic, seed, step), first_index)
+        for launch in ema_launches(_tables, columns, _BLOCK, first_index):
+            weight = device_rate
+            if weight is None and launch.codes[0] == FP64.value:
+                # a number becomes an fp32 argument: too coarse for an fp64 average
+                weight = torch.full((), rate, dtype=torch.float64, device=ema[0].device)
+            _ema_kernel[(launch.block_entry.numel(),)](
+                launch.table,
+                launch.block_entry,
+                rate if weight is None else weight,
+                key_in,
+                key_out,
+                STORAGE=_SPLIT if residual else _STOCHASTIC if stochastic else _FULL,
+                EMA_CODE=launch.codes[0],
+                PARAM_CODE=launch.codes[1],
+                ALIGNED=launch.aligned,
+                DEVICE_RATE=weight is not None,
+                BLOCK=_BLOCK,
+                num_warps=_WARPS,
+                # a fused multiply-add would round once where the reference rounds twice
+                enable_fp_fusion=False,
+            )
     copied_back([*ema, *residual], written)
-
-
-def _launch(
-    columns: list[list[Tensor]],
-    rate: float,
-    device_rate: Tensor | None,
-    noise: tuple[bool, int, int],
-    first_index: list[int],
-) -> None:
-    stochastic, seed, step = noise
-    storage = _SPLIT if len(columns) == 3 else _STOCHASTIC if stochastic else _FULL
-    key_in, key_out = random_key(seed, step)
-    for launch in ema_launches(_tables, columns, _BLOCK, first_index):
-        weight = device_rate
-        if weight is None and launch.codes[0] == 3:
-            # a number becomes an fp32 argument: too coarse for an fp64 average
-            weight = torch.full((), rate, dtype=torch.float64, device=launch.table.device)
-        _ema_kernel[(launch.block_entry.numel(),)](
-            launch.table,
-            launch.block_entry,
-            rate if weight is None else weight,
-            _signed(key_in),
-            _signed(key_out),
-            STORAGE=storage,
-            EMA_CODE=launch.codes[0],
-            PARAM_CODE=launch.codes[1],
-            ALIGNED=launch.aligned,
-            DEVICE_RATE=weight is not None,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-            # a fused multiply-add would round once where the reference rounds twice
-            enable_fp_fusion=False,
-        )

@@ -28,6 +28,7 @@ CODE = {
     torch.float64: 3,
     torch.int16: 4,
 }
+FULL, SPLIT, STOCHASTIC = range(3)  # storages of an EMA
 
 
 class Entry(NamedTuple):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from warp_fast import _table
+from warp_fast._table import FULL, SPLIT, STOCHASTIC
 from warp_fast.native._addresses import addresses, codes, extension, sizes
 from warp_fast.reference.ema import random_key
 
-_FULL, _SPLIT, _STOCHASTIC = range(3)  # csrc/codes.h
 _tables = _table.TableCache()
 
 
@@ -39,7 +39,7 @@ def ema_update_cpp_(
         codes(averages),
         codes(values),
         first_index,
-        _SPLIT if residual else _STOCHASTIC if stochastic else _FULL,
+        SPLIT if residual else STOCHASTIC if stochastic else FULL,
         rate if device_rate is None else device_rate.item(),
         *random_key(seed, step),
         torch.get_num_threads(),
@@ -72,7 +72,7 @@ def ema_update_cuda_(
                 launch.table.data_ptr(),
                 launch.block_entry.data_ptr(),
                 launch.block_entry.numel(),
-                _SPLIT if residual else _STOCHASTIC if stochastic else _FULL,
+                SPLIT if residual else STOCHASTIC if stochastic else FULL,
                 launch.codes[0],
                 launch.codes[1],
                 launch.aligned,

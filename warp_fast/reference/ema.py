@@ -63,9 +63,8 @@ def round_stochastic(value: Tensor, first_index: int, seed: int, step: int) -> T
 
 
 def _update_stochastic_(
-    ema: Tensor, params: Tensor, rate: float | Tensor, key: tuple[int, ...]
+    ema: Tensor, params: Tensor, rate: float | Tensor, seed: int, step: int, first_index: int
 ) -> None:
-    seed, step, first_index = key
     flat = ema.reshape(-1)
     values = params.reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
@@ -96,6 +95,6 @@ def ema_update_reference_(
             average.copy_(high)
             residual[i].copy_(low)
         elif stochastic:
-            _update_stochastic_(average, value, weight, (seed, step, first_index[i]))
+            _update_stochastic_(average, value, weight, seed, step, first_index[i])
         else:
             average.copy_(interpolate(average, value.to(average.dtype), weight))
