@@ -16,11 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from bench import roofline
 from bench.harness import parse
-from bench.report import print_rows, stem
+from bench.report import console_under, print_rows, stem
 
 OPS = ("ema", "slerp", "merge", "loss", "logits")
 
@@ -51,13 +49,9 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _print(records: Sequence[Path]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
     for record in records:
         content = json.loads(record.read_text(encoding="utf-8"))
-        stamp = content["environment"]
-        console.print(" | ".join(f"{key} {value}" for key, value in stamp.items()), markup=False)
+        console = console_under(content["environment"])
         for case, lines in itertools.groupby(content["rows"], key=lambda line: line["case"]):
             print_rows(case, "", [_without_case(line) for line in lines], console)
 

@@ -16,7 +16,7 @@ import torch
 
 from bench.harness import Absent, Provider, Scale, measure, parse, relative_error
 from bench.peers import AVERAGES, Average, AveragePeer, Tensors, missing
-from bench.report import Group, environment, publish
+from bench.report import Group, dtype_name, environment, publish
 from warp_fast import ema_update_
 from warp_fast.reference.ema import join_float32, split_float32
 
@@ -71,7 +71,7 @@ OURS = [
 
 
 def label(peer: AveragePeer) -> str:
-    return f"{peer.name}, {str(peer.storage).removeprefix('torch.')}"
+    return f"{peer.name}, {dtype_name(peer.storage)}"
 
 
 def takers(params: torch.dtype) -> tuple[list[AveragePeer], list[Absent]]:
@@ -152,13 +152,13 @@ def compare(
         provider(peer, params, {"captured %": f"{100 * shares[label(peer)]:.1f}"}) for peer in peers
     ]
     size = sum(param.numel() for param in params) / 1e6
-    title = f"EMA of {str(dtype).removeprefix('torch.')} parameters, {size:.1f} M elements"
+    title = f"EMA of {dtype_name(dtype)} parameters, {size:.1f} M elements"
     results = measure(providers, device, scale)
     return Group(title, results, absent, "probe: update", label(OURS[0]))
 
 
 _CASES = {
-    f"{label(peer)}, {str(dtype).removeprefix('torch.')} parameters": (peer, dtype)
+    f"{label(peer)}, {dtype_name(dtype)} parameters": (peer, dtype)
     for dtype in _BOTH
     for peer in [*OURS, *AVERAGES]
     if dtype in peer.gives
@@ -175,7 +175,7 @@ def test_ema(case: str, timed: Callable[[str, Callable[[torch.device], Provider]
         params = [torch.randn(shape).to(device, dtype) for shape in GEMMA_3_270M_BLOCK]
         return provider(peer, params)
 
-    timed(f"EMA, {str(dtype).removeprefix('torch.')} parameters", build)
+    timed(f"EMA, {dtype_name(dtype)} parameters", build)
 
 
 def main(given: Sequence[str] | None = None) -> None:

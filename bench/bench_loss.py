@@ -26,7 +26,7 @@ from torch import Tensor
 from bench.harness import Provider, Scale, backends, matmul_probe, measure, parse, relative_error
 from bench.loss_accuracy import accuracy
 from bench.peers_loss import BETA, EAGER, FORMULA, Batch, Loss, full_logprobs, peers, reinforce
-from bench.report import Group, environment, publish
+from bench.report import Group, dtype_name, environment, publish
 from warp_fast import linear_warp_loss
 
 SEQUENCES = 8
@@ -175,7 +175,7 @@ def compare(case: Case, device: torch.device, scale: Scale) -> Group:
     probe = matmul_probe(device, dtype, case.tokens, case.width)
     everyone = [provider(name, loss, case, batch) for name, loss in losses(device).items()]
     results = measure([probe, *everyone], device, scale)
-    title = f"linear_warp_loss, {case}, {str(dtype).removeprefix('torch.')}"
+    title = f"linear_warp_loss, {case}, {dtype_name(dtype)}"
     return Group(title, results, peers()[1], "probe: update", FORMULA, probe.name)
 
 

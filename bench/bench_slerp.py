@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.bench_ema import GEMMA_3_270M_BLOCK, ON_GPU
 from bench.harness import Absent, Provider, Scale, measure, parse, relative_error
 from bench.peers import MERGES, MergePeer, Tensors, missing, rerun_under, warp_target
-from bench.report import Group, environment, publish
+from bench.report import Group, dtype_name, environment, publish
 from warp_fast import gram, slerp
 
 Shapes = Sequence[tuple[int, ...]]
@@ -163,12 +163,8 @@ def compare(
     able, absent = peers(runs)
     providers = [*ours(weights).values(), *(of_peer(peer, weights) for peer in able)]
     size = sum(start.numel() for start in weights[0]) / 1e6
-    title = f"SLERP of {runs} policies, {_name(dtype)}, {size:.1f} M elements"
+    title = f"SLERP of {runs} policies, {dtype_name(dtype)}, {size:.1f} M elements"
     return Group(title, measure(providers, device, scale), absent, "probe: update", IN_PLACE)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("name", [OURS, IN_PLACE, GRAM, *(peer.name for peer in MERGES)])
@@ -189,7 +185,7 @@ def test_slerp(
         weights = family(GEMMA_3_270M_BLOCK, runs, dtype, device)
         return ours(weights)[name] if peer is None else of_peer(peer, weights)
 
-    timed(f"SLERP of {runs}, {_name(dtype)}", build)
+    timed(f"SLERP of {runs}, {dtype_name(dtype)}", build)
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Provider, gate
-from bench.peers_loss import EAGER, LossPeer, full_logprobs, peers
+from bench.peers_loss import EAGER, Logprobs, full_logprobs, peers
 from bench.report import Group
 from warp_fast import linear_token_logprobs, linear_warp_loss
 from warp_fast.loss import Kl
@@ -67,21 +67,20 @@ def exact_kl(near: Near, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return kl.detach(), torch.autograd.grad(kl.sum(), hidden)[0]
 
 
-def of_logprobs(near: Near, peer: LossPeer, dtype: torch.dtype = torch.bfloat16) -> Found:
+def of_logprobs(near: Near, logprobs: Logprobs, dtype: torch.dtype = torch.bfloat16) -> Found:
     """log pi, d and the gradient of d^2 / 2 from any function that gives log-probabilities."""
     hidden, weight = near.leaf(dtype), near.weight.to(dtype, copy=True).requires_grad_()
-    logp = peer.logprobs(hidden, weight, near.token_ids, near.kept())
+    logp = logprobs(hidden, weight, near.token_ids, near.kept())
     with torch.no_grad():
-        anchor = peer.logprobs(near.anchor.to(dtype), weight, near.token_ids, near.kept())
+        anchor = logprobs(near.anchor.to(dtype), weight, near.token_ids, near.kept())
     d = logp - anchor
     (slope,) = torch.autograd.grad((d.square() / 2).sum(), hidden)
     return {"log-prob": logp.detach(), "d": d.detach(), "k2 slope": slope}
 
 
 def of_eager(near: Near, dtype: torch.dtype = torch.bfloat16) -> Found:
-    peer = LossPeer(EAGER, full_logprobs, lambda _: torch.zeros(()))
     kl, slope = exact_kl(near, dtype)
-    return {**of_logprobs(near, peer, dtype), "KL": kl, "KL slope": slope}
+    return {**of_logprobs(near, full_logprobs, dtype), "KL": kl, "KL slope": slope}
 
 
 def of_ours(near: Near, backend: str) -> Found:
@@ -145,7 +144,7 @@ def accuracy(device: torch.device, backends: Sequence[str]) -> Iterator[Group]:
         fine = partial(of_eager, near, torch.float32)
         rows.append(_row(f"{EAGER}, inputs upcast to fp32", fine, gold, False))
         for peer in able:
-            make = partial(of_logprobs, near, peer)
+            make = partial(of_logprobs, near, peer.logprobs)
             if peer.name == EAGER:
                 make = partial(of_eager, near)
             rows.append(_row(f"{peer.name}, bf16", make, gold, False))

@@ -74,6 +74,10 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _versions(*packages: str) -> dict[str, str]:
     """Of those that are installed."""
     found = {}
@@ -167,6 +171,15 @@ def show(group: Group, console: Console) -> None:
     print_rows(group.title, caption, rows(group), console)
 
 
+def console_under(stamp: dict[str, str]) -> Console:
+    """A console, wide enough for the tables where it is a file, with the environment on top."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    console.print(" | ".join(f"{key} {value}" for key, value in stamp.items()), markup=False)
+    return console
+
+
 def print_rows(title: str, caption: str, lines: Sequence[dict[str, str]], console: Console) -> None:
     """Print the lines of one case, as `rows` gives them."""
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
@@ -222,10 +235,7 @@ def stem(op: str, device: torch.device, quick: bool) -> str:
 
 def publish(op: str, groups: Iterable[Group], stamp: dict[str, str], options: Options) -> None:
     """Print the tables under their environment, each once it is measured; write all in the end."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    console.print(" | ".join(f"{key} {value}" for key, value in stamp.items()), markup=False)
+    console = console_under(stamp)
     done = []
     for group in groups:
         show(group, console)
