@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,20 @@ def is_apart(tensor: Tensor) -> bool:
     return steps_over(1, sorted(zip(tensor.stride(), tensor.shape, strict=True)))
 
 
+class _Range(NamedTuple):
+    """Bytes [start, stop) of tensor number `position` of those that are written, or read."""
+
+    start: int
+    stop: int
+    written: bool
+    position: int
+    dtype: torch.dtype
+
+
+def _in_place(a: _Range, b: _Range) -> bool:
+    return a.written != b.written and a._replace(written=b.written) == b
+
+
 def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: bool) -> None:
     """Raise ValueError where a written tensor may share bytes with another one or within itself,
     or is of inference mode and the call is not.
@@ -60,29 +74,19 @@ def refuse_overlap(written: Sequence[Tensor], read: Sequence[Tensor], *, same: b
             "a tensor that is written must have each element in a place of its own; got shape "
             f"{tuple(odd[0].shape)} and strides {odd[0].stride()}"
         )
-    # (start, stop, whether written, position, dtype)
-    ranges = [(*byte_range(t), True, i, t.dtype) for i, t in enumerate(written)]
-    ranges += [(*byte_range(t), False, i, t.dtype) for i, t in enumerate(read)]
-    ranges.sort(key=_START)
+    ranges = [_Range(*byte_range(t), True, i, t.dtype) for i, t in enumerate(written)]
+    ranges += [_Range(*byte_range(t), False, i, t.dtype) for i, t in enumerate(read)]
     open_ranges: list[_Range] = []
-    for current in ranges:
-        start = current[0]
-        if start == current[1]:
+    for current in sorted(ranges, key=lambda r: r[:2]):
+        if current.start == current.stop:
             continue
-        open_ranges = [other for other in open_ranges if other[1] > start]
+        open_ranges = [other for other in open_ranges if other.stop > current.start]
         for other in open_ranges:
-            if (current[2] or other[2]) and not (same and _in_place(current, other)):
+            if (current.written or other.written) and not (same and _in_place(current, other)):
+                stop = min(current.stop, other.stop)
                 raise ValueError(
                     "a tensor that is written must not share memory with another argument, nor "
-                    f"interleave with it; bytes {start:#x}..{min(current[1], other[1]):#x} are "
+                    f"interleave with it; bytes {current.start:#x}..{stop:#x} are "
                     "inside two of them (tied weights are passed once)"
                 )
         open_ranges.append(current)
-
-
-_Range: TypeAlias = tuple[int, int, bool, int, torch.dtype]
-_START = operator.itemgetter(0, 1)
-
-
-def _in_place(a: _Range, b: _Range) -> bool:
-    return a[:2] == b[:2] and a[2] != b[2] and a[3:] == b[3:]

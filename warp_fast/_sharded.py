@@ -27,12 +27,9 @@ def holds_fsdp1(module: nn.Module) -> bool:
     return wrapper is not None and any(isinstance(part, wrapper) for part in module.modules())
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
-    if not is_sharded(tensor):
-        return tensor
-    shard: Any = tensor
-    found: Tensor = shard.to_local()
+    found: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return found
 
 
@@ -42,22 +39,21 @@ def all_local(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def among(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The pairs of two lists, none where none can be a DTensor."""
+    """The pairs that may hold a DTensor: none in a process that never imported it."""
     return [] if _dtensors() is None else list(zip(first, second, strict=True))
 
 
-def with_local(shard: Tensor, like: Tensor) -> Tensor:
+def with_local(shard: Tensor, like: Any) -> Tensor:
     """The tensor laid out as `like` of which this rank holds `shard`."""
     if not is_sharded(like):
         return shard
-    layout: Any = like
-    found: Tensor = type(layout).from_local(
+    found: Tensor = type(like).from_local(
         shard,
-        layout.device_mesh,
-        layout.placements,
+        like.device_mesh,
+        like.placements,
         run_check=False,
-        shape=layout.shape,
-        stride=layout.stride(),
+        shape=like.shape,
+        stride=like.stride(),
     )
     return found
 
@@ -68,18 +64,15 @@ def gatherers(module: nn.Module) -> list[Any]:
     return [] if fsdp is None else [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
-def check_layout(name: str, tensor: Tensor, like: Tensor) -> None:
+def check_layout(name: str, tensor: Any, like: Any) -> None:
     """Refuse what cannot be combined shard by shard with `like`, or has no value on any rank."""
-    sharded: tuple[Any, Any] = (tensor, like)
-    there, of_like = is_sharded(tensor), is_sharded(like)
-    if not (there or of_like):
-        return
-    if there != of_like:
+    if is_sharded(tensor) != is_sharded(like):
         raise ValueError(f"{name} must be sharded like its partner; one is a DTensor, one is not")
-    placements, expected = (s.placements for s in sharded)
-    if sharded[0].device_mesh != sharded[1].device_mesh or placements != expected:
-        raise ValueError(f"{name} must have placements {expected}; got {placements}")
-    if any(placement.is_partial() for placement in placements):
+    if not is_sharded(tensor):
+        return
+    if tensor.device_mesh != like.device_mesh or tensor.placements != like.placements:
+        raise ValueError(f"{name} must have placements {like.placements}; got {tensor.placements}")
+    if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(
             f"{name} has a Partial placement: no rank holds its value; redistribute it first"
         )
@@ -93,15 +86,14 @@ def common_mesh(tensors: Sequence[Any]) -> Any:
     return meshes[0] if meshes else None
 
 
-def counted_here(tensor: Tensor, mesh: Any) -> bool:
+def counted_here(tensor: Any, mesh: Any) -> bool:
     """Whether this rank's copy counts in a sum over a mesh: the first of all replicas does.
 
     A plain tensor beside DTensors is taken to be the same on every rank.
     """
     if mesh is None:
         return True
-    given: Any = tensor
-    placements = given.placements if is_sharded(tensor) else [None] * mesh.ndim
+    placements = tensor.placements if is_sharded(tensor) else [None] * mesh.ndim
     return all(
         mesh.get_local_rank(dim) == 0
         for dim, placement in enumerate(placements)
@@ -119,13 +111,12 @@ def sum_over_ranks_(values: Tensor, mesh: Any) -> None:
         dist.all_reduce(values, group=mesh.get_group(dim))
 
 
-def first_index(tensor: Tensor) -> int:
+def first_index(tensor: Any) -> int:
     """Index, in the whole tensor, of the first local element; they must be neighbours."""
     if not is_sharded(tensor):
         return 0
-    sharded: Any = tensor
     row, rows = 0, tensor.shape[0] if tensor.dim() else 1
-    for dim, placement in enumerate(sharded.placements):
+    for dim, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             continue
         if type(placement).__name__ != "Shard" or placement.dim != 0:
@@ -133,7 +124,7 @@ def first_index(tensor: Tensor) -> int:
                 "stochastic storage needs tensors sharded along dimension 0, so that random bits "
                 f"do not depend on the sharding; got {placement}"
             )
-        share = -(-rows // sharded.device_mesh.size(dim))
-        begin = min(sharded.device_mesh.get_local_rank(dim) * share, rows)
+        share = -(-rows // tensor.device_mesh.size(dim))
+        begin = min(tensor.device_mesh.get_local_rank(dim) * share, rows)
         row, rows = row + begin, min(share, rows - begin)
     return row * (tensor.numel() // tensor.shape[0] if tensor.dim() and tensor.shape[0] else 1)
