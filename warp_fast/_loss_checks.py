@@ -103,21 +103,18 @@ def _is_integral(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
-def floating(**tensors: Tensor) -> None:
-    """Every tensor is one, whole, and has a float dtype that the backends know."""
-    for name, tensor in tensors.items():
-        _tensor(name, tensor)
-        if is_sharded(tensor):
-            raise ValueError(
-                f"{name} must be a plain tensor; got a DTensor: under FSDP2 call the loss in a "
-                "method of the module, with torch.distributed.fsdp.register_fsdp_forward_method"
-            )
-        if has_tangent(tensor):
-            raise NotImplementedError(f"{name} must have no tangent: the losses have no jvp")
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}"
-            )
+def floating(name: str, tensor: Tensor) -> None:
+    """A tensor that is whole and has a float dtype that the backends know."""
+    _tensor(name, tensor)
+    if is_sharded(tensor):
+        raise ValueError(
+            f"{name} must be a plain tensor; got a DTensor: under FSDP2 call the loss in a "
+            "method of the module, with torch.distributed.fsdp.register_fsdp_forward_method"
+        )
+    if has_tangent(tensor):
+        raise NotImplementedError(f"{name} must have no tangent: the losses have no jvp")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
 
 
 def has_tangent(tensor: Tensor) -> bool:
@@ -129,7 +126,7 @@ def has_tangent(tensor: Tensor) -> bool:
 
 def rows(logits: Tensor, name: str) -> None:
     """logits [..., V] has a vocabulary."""
-    floating(**{name: logits})
+    floating(name, logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must be [..., V] with V >= 1; got {tuple(logits.shape)}")
 
@@ -150,7 +147,8 @@ def token_ids(ids: Tensor, shape: torch.Size, device: torch.device, name: str) -
 
 def linear(states: Tensor, matrix: Tensor, states_name: str, matrix_name: str) -> None:
     """states [..., D] and matrix [V, D] fit."""
-    floating(**{states_name: states, matrix_name: matrix})
+    floating(states_name, states)
+    floating(matrix_name, matrix)
     fits = matrix.dim() == 2 and states.dim() >= 1 and states.shape[-1] == matrix.shape[1]
     if not fits or 0 in matrix.shape:
         raise ValueError(
@@ -320,7 +318,7 @@ def _per_token(
     """[N], 0 where masked; numbers, or -inf if they need not be finite."""
     if values is None:
         return None
-    floating(**{name: values})
+    floating(name, values)
     if values.dtype.itemsize < 4:
         raise TypeError(
             f"{name} must be float32 or float64, since 16 bits round by more than the KL to a slow "
@@ -345,7 +343,7 @@ def _per_token(
 
 def _per_token_advantages(rows: Tokens, advantages: Tensor) -> Tensor:
     """[N], 0 where masked, from [B] or else the shape of token_ids."""
-    floating(advantages=advantages)
+    floating("advantages", advantages)
     if advantages.device != rows.mask.device:
         raise ValueError(f"advantages must be on {rows.mask.device}; got {advantages.device}")
     if advantages.shape == (rows.count,):

@@ -231,20 +231,3 @@ GIVEN_GRADIENT = define(
     lambda value, *_: torch.empty_like(value),
 )
 torch.library.register_autograd(GIVEN_GRADIENT, _give_gradient, setup_context=_save_gradient)
-
-# --- sums over sequences
-
-# an op, since torch.compile has no segment_reduce
-SEQUENCE_SUMS = define(
-    "sequence_sums",
-    "(Tensor values, Tensor sequence, SymInt count) -> Tensor",
-    reference_loss.sequence_sums_reference,
-    lambda values, _, count: values.new_empty(count),
-)
-# an op, since the number of its steps would tie a trace to a range of sizes
-SUMS_TO_GO = define(
-    "sums_to_go",
-    "(Tensor values, Tensor sequence, SymInt longest) -> Tensor",
-    reference_loss.sums_to_go_reference,
-    lambda values, *_: torch.empty_like(values),
-)

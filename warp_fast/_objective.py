@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from warp_fast import _loss_checks as checks
+from warp_fast._define import define
+from warp_fast._loss_checks import EXACT, Terms
+from warp_fast.reference import loss as reference
 from warp_fast.reference.loss import Stats
-
-if TYPE_CHECKING:
-    from warp_fast._loss_checks import Terms
 
 # the coefficient of a token depends on the other tokens of its sequence
 COUPLED = ("reward", "reward_to_go")
+
+# an op, since torch.compile has no segment_reduce
+SEQUENCE_SUMS = define(
+    "sequence_sums",
+    "(Tensor values, Tensor sequence, SymInt count) -> Tensor",
+    reference.sequence_sums_reference,
+    lambda values, _, count: values.new_empty(count),
+)
+# an op, since the number of its steps would tie a trace to a range of sizes
+SUMS_TO_GO = define(
+    "sums_to_go",
+    "(Tensor values, Tensor sequence, SymInt longest) -> Tensor",
+    reference.sums_to_go_reference,
+    lambda values, *_: torch.empty_like(values),
+)
 
 
 @dataclass(frozen=True)
@@ -78,12 +92,12 @@ class Tokens:
 
     def total(self, values: Tensor) -> Tensor:
         """[N]: the sum over the sequence of each token."""
-        sums: Tensor = torch.ops.warp_fast.sequence_sums(values, self.sequence, self.count)
+        sums: Tensor = SEQUENCE_SUMS(values, self.sequence, self.count)
         return sums[self.sequence]
 
     def to_go(self, values: Tensor) -> Tensor:
         """[N]: the sum from each token to the end of its sequence."""
-        found: Tensor = torch.ops.warp_fast.sums_to_go(values, self.sequence, self.longest)
+        found: Tensor = SUMS_TO_GO(values, self.sequence, self.longest)
         return found
 
 
@@ -109,7 +123,7 @@ def slopes(rows: Tokens, stats: Stats, terms: Terms) -> Tensor:
     elif terms.kl == "k3":
         of_logp = of_logp - _penalty(terms, torch.expm1(-difference))
     of_kl = torch.zeros_like(logp)
-    if terms.kl in checks.EXACT:
+    if terms.kl in EXACT:
         of_kl = of_kl + terms.beta
     found = torch.stack([of_logp, torch.zeros_like(logp), of_kl], dim=1)
     return torch.where(rows.mask[:, None], found, 0)
@@ -117,7 +131,7 @@ def slopes(rows: Tokens, stats: Stats, terms: Terms) -> Tensor:
 
 def slopes_ahead(rows: Tokens, terms: Terms, dtype: torch.dtype) -> Tensor | None:
     """`slopes` in `dtype`, if they depend on no statistic."""
-    if terms.kl not in ("none", *checks.EXACT) or terms.old_logprobs is not None:
+    if terms.kl not in ("none", *EXACT) or terms.old_logprobs is not None:
         return None
     nothing = terms.advantages.new_zeros(len(rows.mask), dtype=dtype)
     return slopes(rows, Stats(*[nothing] * 4), terms)
@@ -125,7 +139,7 @@ def slopes_ahead(rows: Tokens, terms: Terms, dtype: torch.dtype) -> Tensor | Non
 
 def exact_kl_of(kl: str) -> str:
     """The KL over the vocabulary that the statistics must hold, or ""."""
-    return kl if kl in checks.EXACT else ""
+    return kl if kl in EXACT else ""
 
 
 def with_given_anchor(stats: Stats, terms: Terms) -> Stats:
@@ -137,7 +151,7 @@ def with_given_anchor(stats: Stats, terms: Terms) -> Stats:
 
 def divergence(stats: Stats, kl: str) -> Tensor:
     """The estimate of the KL per token that `kl` names."""
-    if kl in checks.EXACT:
+    if kl in EXACT:
         return stats.kl
     difference = stats.logprobs - stats.anchor_logprobs
     if kl == "k2":

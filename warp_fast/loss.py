@@ -210,7 +210,7 @@ def warp_loss(
     temperature, softcap = checks.head(temperature, softcap)
     checks.rows(logits, "logits")
     if anchor_logits is not None:
-        checks.floating(anchor_logits=anchor_logits)
+        checks.floating("anchor_logits", anchor_logits)
     rows = Tokens.of(token_ids, mask, cu_seqlens, logits.shape[:-1], logits.device, "logits")
     checks.same_shape(anchor_logits, "anchor_logits", logits, "logits")
     terms = checks.terms(

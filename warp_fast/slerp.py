@@ -51,17 +51,17 @@ def gram(
         deterministic.
     """
     layout = _weights.layout_of(init, policies, segments)
-    return _gram(layout, layout.tensors(init), _weights.matched(layout, init, policies), backend)
+    ends, starts = _weights.matched(layout, init, policies), layout.tensors(init)
+    return _gram(layout, starts, ends, resolve("slerp", backend, starts[0].device))
 
 
 def _gram(
     layout: _weights.Layout, init: list[Tensor], policies: list[Tensor], backend: str
 ) -> Tensor:
-    op = _ops.GRAM[resolve("slerp", backend, init[0].device)]
     mesh = _sharded.common_mesh(init)
     if mesh is not None:
         init, policies = ([_counted(x, mesh) for x in each] for each in (init, policies))
-    result: Tensor = op(init, policies, layout.segment, len(layout.names))
+    result: Tensor = _ops.GRAM[backend](init, policies, layout.segment, len(layout.names))
     _sharded.sum_over_ranks_(result, mesh)
     return result
 
