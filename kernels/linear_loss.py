@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from warp_fast._loss_checks import Terms, sent
+from warp_fast._loss_rows import Found
 from warp_fast._objective import (
     COUPLED,
     Tokens,
@@ -29,14 +30,7 @@ from warp_fast._objective import (
 )
 from warp_fast._precision import as_given
 from warp_fast._slices import cut, groups, within
-from warp_fast.kernels.loss import (
-    Found,
-    Odds,
-    Rows,
-    check_on_host,
-    row_gradient,
-    row_statistics,
-)
+from warp_fast.kernels.loss import Odds, Rows, check_on_host, row_gradient, row_statistics
 from warp_fast.reference.linear_loss import Heads, LinearLoss
 from warp_fast.reference.loss import Stats
 

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from warp_fast._loss_rows import EXACT_CODES, STATE, check_ids, layout, with_unit_stride
+from warp_fast._loss_rows import EXACT_CODES, Found, check_ids, layout, with_unit_stride
 from warp_fast._table import CODE, copied_back, on_device
 from warp_fast.kernels._rows import (
     FIELDS,
@@ -104,25 +104,6 @@ def _shared_layout(*matrices: Tensor) -> tuple[int, ...]:
     # in a matrix of two dimensions the jump is 0 and any run will do
     run = max(run for _, run, _ in layouts)
     return run, *[number for stride, _, jump in layouts for number in (stride, jump)]
-
-
-class Found(NamedTuple):
-    """Stats of [N], and the state [N, STATE] in fp64 that the gradient of these rows takes."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    anchor_logprobs: Tensor
-    kl: Tensor
-    state: Tensor
-
-    @staticmethod
-    def empty(like: Tensor, count: int, dtype: torch.dtype) -> Found:
-        stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
-        return Found(*stats, like.new_empty((count, STATE), dtype=torch.float64))
-
-    def at(self, part: slice) -> Found:
-        """Those of some of the rows, in place."""
-        return Found(*[values[part] for values in self])
 
 
 class Odds(NamedTuple):

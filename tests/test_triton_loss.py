@@ -27,6 +27,7 @@ from tests.loss_rows import (
     problem,
     some_mask,
 )
+from warp_fast._loss_rows import Found
 from warp_fast.reference.loss import scaled_reference
 
 # numpy says so where the kernels compute both sides of a choice
@@ -207,7 +208,7 @@ def test_ids_outside_the_vocabulary() -> None:
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match=r"in \[0, 7\); row 1 has 7"):
             forward(leaves, [], ids, mask, PLAIN, "")
-    out = kernels.Found.empty(leaves[0], 2, FP32)
+    out = Found.empty(leaves[0], 2, FP32)
     kernels.row_statistics(kernels.Rows.of(*leaves, None, ids, mask, (*PLAIN, "")), out, True)
     assert out[0].isnan().tolist() == [False, True]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from warp_fast._define import Kernel, define, define_each, no_result, triton
 from warp_fast._loss_checks import Terms
+from warp_fast._loss_rows import Found
 from warp_fast._objective import Tokens, exact_kl_of
 from warp_fast._stats_ops import (
     LINEAR_TOKEN_STATS_BACKWARD,
@@ -88,11 +89,9 @@ def _fake_linear_loss(state: int) -> Kernel:
     def fake(*given: Any) -> LinearLoss:
         heads, rows, _, _, needs = Call.of(given)
         dtype, count, like = heads.compute_dtype, rows.mask.shape[0], heads.hidden
-        stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
-        made = fake_gradients(heads[:2], needs, dtype)
-        saved = like.new_empty((count, state), dtype=torch.float64)
-        slopes = like.new_empty((count, 3), dtype=dtype)
-        return LinearLoss._make([like.new_empty((), dtype=dtype), *stats, saved, slopes, *made])
+        total, slopes = (like.new_empty(shape, dtype=dtype) for shape in ((), (count, 3)))
+        found = Found.empty(like, count, dtype, state)
+        return LinearLoss(total, *found, slopes, *fake_gradients(heads[:2], needs, dtype))
 
     return fake
 

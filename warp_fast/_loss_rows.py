@@ -6,11 +6,33 @@ time: copying them would cost more than the op.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 STATE = 8  # columns of what a kernel knows of a row after the forward pass (csrc/cpu.h, rows.cuh)
 EXACT_CODES = {"": 0, "reverse": 1, "forward": 2}  # csrc/loss.h
+
+
+class Found(NamedTuple):
+    """Stats of [N], and the state [N, STATE or 0] in fp64 that the gradient of these rows takes."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    anchor_logprobs: Tensor
+    kl: Tensor
+    state: Tensor
+
+    @staticmethod
+    def empty(like: Tensor, count: int, dtype: torch.dtype, columns: int = STATE) -> Found:
+        """Of `count` rows; columns: of the state, which some backends do without."""
+        stats = [like.new_empty(count, dtype=dtype) for _ in range(4)]
+        return Found._make([*stats, like.new_empty((count, columns), dtype=torch.float64)])
+
+    def at(self, part: slice) -> Found:
+        """Those of some of the rows, in place."""
+        return Found(*[values[part] for values in self])
 
 
 def rows_of(logits: Tensor) -> Tensor:

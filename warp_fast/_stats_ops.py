@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from warp_fast._define import DEVICE, Kernel, define_each, no_result, triton
-from warp_fast._loss_rows import STATE
+from warp_fast._loss_rows import STATE, Found
 from warp_fast.native import linear_loss as native_linear_loss
 from warp_fast.native import loss as native_loss
 from warp_fast.native import loss_cuda as native_loss_cuda
@@ -52,8 +52,7 @@ def _fake_stats(state: int) -> Kernel:
         # torch.Size.numel() would tie a trace to one number of rows
         rows = math.prod(tensors[0].shape[:-1])
         dtype = reference_loss.compute_dtype(*tensors)
-        found = [tensors[0].new_empty(rows, dtype=dtype) for _ in range(4)]
-        return *found, tensors[0].new_empty((rows, state), dtype=torch.float64)
+        return Found.empty(tensors[0], rows, dtype, state)
 
     return fake
 

@@ -127,7 +127,8 @@ def linear_loss_cpp(
         making = _Making(heads, rows, terms, entropy, needs)
         with as_given("cpu"):
             making.run()
-        *found, state = making.by_row(len(rows.mask))
+        anchored, count = heads.anchor_hidden is not None, len(rows.mask)
+        *found, state = by_row(making.state, making.index, count, anchored, exact_kl, entropy)
         gradients = making.dhidden, making.dweight
     else:
         *found, state = linear_token_stats_cpp(heads, rows.token_ids, rows.mask, exact_kl, entropy)
@@ -159,11 +160,6 @@ class _Making:
         self.dhidden = torch.zeros(hidden.shape if needs[0] else 0, dtype=torch.float32)
         self.dweight = torch.empty(weight.shape if needs[1] else 0, dtype=torch.float32)
         self.weighed = False  # whether dweight holds anything
-
-    def by_row(self, count: int) -> tuple[Tensor, ...]:
-        return by_row(
-            self.state, self.index, count, self.anchored, self.head.exact_kl, self.entropy
-        )
 
     def run(self) -> None:
         _, weight, anchor_hidden, anchor_weight, *_ = self.heads

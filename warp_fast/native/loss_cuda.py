@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warp_fast._loss_rows import EXACT_CODES, STATE, with_unit_stride
+from warp_fast._loss_rows import EXACT_CODES, STATE, Found, with_unit_stride
 from warp_fast._table import copied_back, on_device
 from warp_fast.native._addresses import addresses, extension
 from warp_fast.native.loss import NO_MATRIX, matrix
@@ -37,14 +37,14 @@ def token_stats_cuda(
             logits, token_ids, mask, anchor_logits, temperature, softcap, exact_kl, entropy
         )
         return *wide, wide[0].new_zeros(len(token_ids), STATE)
-    found = _new_stats(logits)
+    found = Found.empty(logits, len(token_ids), torch.float32)
     with on_device(logits):
         rows = _Arguments(logits, anchor_logits, token_ids, temperature, softcap, exact_kl)
         kept = _bytes(mask)
         extension().loss_stats_cuda(
             rows.arguments, kept.data_ptr(), entropy, addresses(found), _stream()
         )
-    return tuple(found)
+    return found
 
 
 def token_stats_backward_cuda(
@@ -105,7 +105,7 @@ def token_stats_fused_cuda_(
         wide = reference.token_stats_reference(logits, token_ids, mask, *rest, True)
         reference.token_stats_backward_reference(upstream, logits, token_ids, *rest, out=logits)
         return wide
-    found = _new_stats(logits)
+    found = Found.empty(logits, len(token_ids), torch.float32)
     upstream = upstream.contiguous()
     with on_device(logits):
         rows = _Arguments(logits, anchor_logits, token_ids, temperature, softcap, exact_kl)
@@ -119,7 +119,7 @@ def token_stats_fused_cuda_(
             _stream(),
         )
     copied_back([logits], [rows.logits])
-    return tuple(found[:4])
+    return found[:4]
 
 
 def scale_cuda_(values: Tensor, factor: Tensor) -> None:
@@ -134,13 +134,6 @@ def scale_cuda_(values: Tensor, factor: Tensor) -> None:
     with on_device(values):
         extension().loss_scale_cuda(matrix(rows), *shape, factor.data_ptr(), _stream())
     copied_back([values], [rows])
-
-
-def _new_stats(logits: Tensor) -> list[Tensor]:
-    """The four of `Stats` and the state."""
-    count = logits.shape[:-1].numel()
-    found = [logits.new_empty(count, dtype=torch.float32) for _ in range(4)]
-    return [*found, logits.new_empty((count, STATE), dtype=torch.float64)]
 
 
 def _bytes(mask: Tensor) -> Tensor:
