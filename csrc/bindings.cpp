@@ -121,9 +121,13 @@ void slerp_apply(const Addresses& addresses, const Codes& codes, const Sizes& si
     WARP_FAST_DISPATCH(apply, merge.call);
 }
 
-LossCall loss_call(const Matrix& logits, const Matrix& anchor, uintptr_t index, uintptr_t token_ids,
-                   int64_t rows, int64_t width, int64_t first, double softcap, double temperature,
-                   int threads) {
+// logits, anchor, index, token_ids, rows, width, first, softcap, temperature, threads of LossCall
+using LossGiven = std::tuple<Matrix, Matrix, uintptr_t, uintptr_t, int64_t, int64_t, int64_t,
+                             double, double, int>;
+
+LossCall loss_call(const LossGiven& given) {
+    const auto& [logits, anchor, index, token_ids, rows, width, first, softcap, temperature,
+                 threads] = given;
     const int64_t worth = 1 + rows * width / kPerThread;
     const int used = static_cast<int>(std::clamp<int64_t>(std::min(rows, worth), 1, threads));
     return {loss_matrix(logits), loss_matrix(anchor), {}, static_cast<int64_t*>(pointer(index)),
@@ -131,22 +135,16 @@ LossCall loss_call(const Matrix& logits, const Matrix& anchor, uintptr_t index, 
             softcap, temperature, false, kNoKl, used};
 }
 
-void loss_stats(const Matrix& logits, const Matrix& anchor, uintptr_t index, uintptr_t token_ids,
-                int64_t rows, int64_t width, int64_t first, double softcap, double temperature,
-                int threads, uintptr_t state, bool entropy, int exact_kl) {
-    LossCall call = loss_call(logits, anchor, index, token_ids, rows, width, first, softcap,
-                              temperature, threads);
+void loss_stats(const LossGiven& given, uintptr_t state, bool entropy, int exact_kl) {
+    LossCall call = loss_call(given);
     call.state = static_cast<double*>(pointer(state));
     call.entropy = entropy;
     call.exact_kl = static_cast<ExactKl>(exact_kl);
     WARP_FAST_DISPATCH(loss_stats, call);
 }
 
-void loss_gradient(const Matrix& logits, const Matrix& anchor, uintptr_t index, uintptr_t token_ids,
-                   int64_t rows, int64_t width, int64_t first, double softcap, double temperature,
-                   int threads, const Matrix& gradient, uintptr_t coefficients) {
-    LossCall call = loss_call(logits, anchor, index, token_ids, rows, width, first, softcap,
-                              temperature, threads);
+void loss_gradient(const LossGiven& given, const Matrix& gradient, uintptr_t coefficients) {
+    LossCall call = loss_call(given);
     call.gradient = loss_matrix(gradient);
     call.coefficients = static_cast<const float*>(pointer(coefficients));
     WARP_FAST_DISPATCH(loss_gradient, call);

@@ -116,7 +116,7 @@ class Head:
     ) -> None:
         """Add columns `first` and on to the state of each row."""
         extension().loss_stats(
-            *self._shared(logits, anchor, token_ids, first, index),
+            self._shared(logits, anchor, token_ids, first, index),
             state.data_ptr(),
             entropy,
             EXACT_CODES[self.exact_kl] if anchor is not None else 0,
@@ -133,7 +133,7 @@ class Head:
         index: Tensor | None = None,
     ) -> None:
         extension().loss_gradient(
-            *self._shared(logits, anchor, token_ids, first, index),
+            self._shared(logits, anchor, token_ids, first, index),
             matrix(gradient),
             coefficients.data_ptr(),
         )
