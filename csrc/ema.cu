@@ -212,22 +212,13 @@ void ema_update_cuda(const int64_t* table, const int32_t* block_entry, int64_t b
                                              param_code);
     };
     const bool vectors = aligned && ema_code != kFp64 && param_code != kFp64;
-    if (vectors && param_code == kBf16) {
-        wide(storage == kSplit  ? ema_aligned<kSplit, kBf16>
-             : storage == kFull ? ema_aligned<kFull, kBf16>
-                                : ema_aligned<kStochastic, kBf16>);
-    } else if (vectors && param_code == kFp32) {
-        wide(storage == kSplit  ? ema_aligned<kSplit, kFp32>
-             : storage == kFull ? ema_aligned<kFull, kFp32>
-                                : ema_aligned<kStochastic, kFp32>);
-    } else if (vectors && param_code == kFp16) {
-        wide(storage == kSplit  ? ema_aligned<kSplit, kFp16>
-             : storage == kFull ? ema_aligned<kFull, kFp16>
-                                : ema_aligned<kStochastic, kFp16>);
-    } else {
-        any(storage == kSplit ? ema_any<kSplit> : storage == kFull ? ema_any<kFull>
-                                                                   : ema_any<kStochastic>);
-    }
+    as_constant<kFull, kSplit, kStochastic>(storage, [&](auto storage) {
+        constexpr int kStorage = decltype(storage)::value;
+        if (!vectors) return any(ema_any<kStorage>);
+        as_constant<kBf16, kFp16, kFp32>(param_code, [&](auto code) {
+            wide(ema_aligned<kStorage, decltype(code)::value>);
+        });
+    });
     check(cudaGetLastError(), "launching the EMA update");
 }
 

@@ -135,24 +135,17 @@ void gram_cuda(const int64_t* table, const int32_t* block_entry, int64_t blocks,
                                                       a, b, partial);
         check(cudaGetLastError(), "launching the Gram pass");
     };
-    const auto pairs = [&](auto bf16, auto vectors, auto scalars, int a, int b) {
-        mode == kAllBf16 ? run(bf16, a, b) : mode == kVectors ? run(vectors, a, b)
-                                                              : run(scalars, a, b);
-    };
-    if (policies <= 2) {
-        pairs(gram_pairs<2, 0, 0>, gram_pairs<2, 0, 1>, gram_pairs<2, 0, 2>, 0, 0);
-        return;
-    }
-    if (policies == 3) {
-        pairs(gram_pairs<3, 0, 0>, gram_pairs<3, 0, 1>, gram_pairs<3, 0, 2>, 0, 0);
-        return;
-    }
-    for (int a = 0; a < policies; a += kGroup) {
-        pairs(gram_pairs<5, 0, 0>, gram_pairs<5, 0, 1>, gram_pairs<5, 0, 2>, a, a);
-        for (int b = a + kGroup; b < policies; b += kGroup) {
-            pairs(gram_pairs<5, 5, 0>, gram_pairs<5, 5, 1>, gram_pairs<5, 5, 2>, a, b);
+    as_constant<kAllBf16, kVectors, kScalars>(mode, [&](auto mode) {
+        constexpr int kMode = decltype(mode)::value;
+        if (policies <= 2) return run(gram_pairs<2, 0, kMode>, 0, 0);
+        if (policies == 3) return run(gram_pairs<3, 0, kMode>, 0, 0);
+        for (int a = 0; a < policies; a += kGroup) {
+            run(gram_pairs<kGroup, 0, kMode>, a, a);
+            for (int b = a + kGroup; b < policies; b += kGroup) {
+                run(gram_pairs<kGroup, kGroup, kMode>, a, b);
+            }
         }
-    }
+    });
 }
 
 void gram_sum_cuda(const double* partial, const int64_t* bounds, double* gram, int64_t segments,

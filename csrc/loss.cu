@@ -5,7 +5,6 @@
 // memory. Where statistics and gradient are found in one launch, a block keeps its slices of policy
 // and anchor there too, so that the row is read once.
 #include <climits>
-#include <type_traits>
 
 #include "cluster.cuh"
 #include "cuda.h"
@@ -368,19 +367,6 @@ void launch_kept(Kernel* kernel, const LossRows& rows, void* stream, Arguments..
     launch(kernel, rows, task_of(rows, slices), shared, stream, arguments...);
 }
 
-// call `run` with the flag as a constant
-template <class Run>
-void as_constant(bool flag, Run run) {
-    flag ? run(std::true_type()) : run(std::false_type());
-}
-
-template <class Run>
-void as_constant(ExactKl exact_kl, Run run) {
-    if (exact_kl == kReverse) return run(std::integral_constant<int, kReverse>());
-    if (exact_kl == kForward) return run(std::integral_constant<int, kForward>());
-    run(std::integral_constant<int, kNoKl>());
-}
-
 }  // namespace
 
 void loss_stats_cuda(const LossRows& rows, const uint8_t* kept, bool entropy,
@@ -395,7 +381,7 @@ void loss_stats_cuda(const LossRows& rows, const uint8_t* kept, bool entropy,
         as_constant(entropy, [&](auto entropy) {
             constexpr bool kEntropy = decltype(entropy)::value;
             if (!rows.anchor.address) return run(wide, Asked<kEntropy, false, kNoKl>());
-            as_constant(rows.exact_kl, [&](auto exact_kl) {
+            as_constant<kReverse, kForward, kNoKl>(rows.exact_kl, [&](auto exact_kl) {
                 run(wide, Asked<kEntropy, true, decltype(exact_kl)::value>());
             });
         });
@@ -407,7 +393,7 @@ void loss_gradient_cuda(const LossRows& rows, const float* upstream, const doubl
     if (rows.rows == 0) return;
     const Task task = task_of(rows);
     as_constant(is_wide(rows), [&](auto wide) {
-        as_constant(rows.exact_kl, [&](auto exact_kl) {
+        as_constant<kReverse, kForward, kNoKl>(rows.exact_kl, [&](auto exact_kl) {
             launch(gradient_kernel<decltype(exact_kl)::value, decltype(wide)::value>, rows, task,
                    0, stream, upstream, state, gradient);
         });
@@ -423,7 +409,7 @@ void loss_fused_cuda(const LossRows& rows, const uint8_t* kept, const float* ups
     };
     as_constant(is_wide(rows), [&](auto wide) {
         if (!rows.anchor.address) return run(wide, Asked<true, false, kNoKl>());
-        as_constant(rows.exact_kl, [&](auto exact_kl) {
+        as_constant<kReverse, kForward, kNoKl>(rows.exact_kl, [&](auto exact_kl) {
             run(wide, Asked<true, true, decltype(exact_kl)::value>());
         });
     });

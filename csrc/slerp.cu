@@ -97,16 +97,12 @@ void slerp_apply_cuda(const int64_t* table, const int32_t* block_entry, int64_t 
         check(cudaGetLastError(), "launching the apply pass");
     };
     const Mode mode = mode_of(aligned, codes, 1 + policies, out_code);
-    const auto pick = [&](auto bf16, auto vectors, auto scalars) {
-        mode == kAllBf16 ? run(bf16) : mode == kVectors ? run(vectors) : run(scalars);
-    };
-    if (policies <= 2) {
-        pick(apply_rows<2, 0>, apply_rows<2, 1>, apply_rows<2, 2>);
-    } else if (policies <= 5) {
-        pick(apply_rows<5, 0>, apply_rows<5, 1>, apply_rows<5, 2>);
-    } else {
-        pick(apply_rows<16, 0>, apply_rows<16, 1>, apply_rows<16, 2>);
-    }
+    as_constant<kAllBf16, kVectors, kScalars>(mode, [&](auto mode) {
+        constexpr int kMode = decltype(mode)::value;
+        if (policies <= 2) return run(apply_rows<2, kMode>);
+        if (policies <= 5) return run(apply_rows<5, kMode>);
+        run(apply_rows<kMaxPolicies, kMode>);
+    });
 }
 
 }  // namespace warp_fast

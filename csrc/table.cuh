@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "codes.h"
 
@@ -76,6 +77,21 @@ __device__ inline void store_any(void* base, int64_t at, int code, double value)
             __stcs(static_cast<unsigned short*>(base) + at,
                    static_cast<unsigned short>(to_bits16(static_cast<float>(value), code)));
     }
+}
+
+// call `run` with the flag as a constant
+template <class Run>
+void as_constant(bool flag, Run run) {
+    flag ? run(std::true_type()) : run(std::false_type());
+}
+
+// call `run` with the value as a constant, which is one of those listed
+template <int FIRST, int... REST, class Run>
+void as_constant(int value, Run run) {
+    if constexpr (sizeof...(REST) > 0) {
+        if (value != FIRST) return as_constant<REST...>(value, run);
+    }
+    run(std::integral_constant<int, FIRST>());
 }
 
 inline void check(cudaError_t status, const char* what) {
