@@ -15,7 +15,6 @@ from warp_fast.reference.linear_loss import Heads, LinearLoss, linear_loss_refer
 
 V, D = 23, 6
 LENGTHS = (3, 1, 4, 4)  # of sequences; padded ones have as many tokens as the longest
-KINDS = ("reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none")
 
 Kernel = Callable[..., LinearLoss]
 Call = tuple[Heads, Tokens, Terms]

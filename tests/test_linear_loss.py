@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import warp_fast
-from tests.linear_loss_cases import KINDS, V, call, check, finite, widened
+from tests.linear_loss_cases import V, call, check, finite, widened
 from warp_fast import _loss_ops, _stats_ops
 from warp_fast._backend import MISSING, SERVED
-from warp_fast._loss_checks import EXACT
+from warp_fast._loss_checks import EXACT, KINDS
 from warp_fast._objective import Tokens, objective, slopes
 from warp_fast._slices import groups
 from warp_fast.native import linear_loss as native

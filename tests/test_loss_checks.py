@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import warp_fast
 from warp_fast._backend import BACKENDS as KNOWN
 from warp_fast._backend import MISSING, SERVED
+from warp_fast._loss_checks import KINDS
 
 BACKENDS = [name for name in SERVED["loss"]["cpu"] if MISSING[name] is None]
-KINDS = ["reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"]
 B, T, V, D = 2, 3, 7, 4
 
 served = pytest.mark.parametrize("backend", BACKENDS)

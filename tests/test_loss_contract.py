@@ -14,8 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import warp_fast
-from tests.test_loss_checks import KINDS, V, arguments, both, gradients, loss_of, served
+from tests.test_loss_checks import V, arguments, both, gradients, loss_of, served
 from warp_fast import _loss_checks, linear_token_logprobs
+from warp_fast._loss_checks import KINDS
 from warp_fast._objective import Tokens
 from warp_fast._precision import as_given
 

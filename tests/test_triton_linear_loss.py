@@ -17,6 +17,7 @@ from tests import linear_loss_cases as cases
 from tests.linear_loss_cases import on_device
 from tests.loss_rows import DEVICE, backward, check, forward, linear, problem, some_mask
 from tests.tolerances import assert_close
+from warp_fast._loss_checks import KINDS
 
 # numpy says so where the kernels compute both sides of a choice
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -92,7 +93,7 @@ def test_gradient_of_a_frozen_input_is_not_computed(needs: tuple[bool, bool]) ->
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("part, block", [(1, 1), (2, 3), (3, 5), (2, 8), (512, 2816)])
-@pytest.mark.parametrize("kl", cases.KINDS)
+@pytest.mark.parametrize("kl", KINDS)
 def test_groups_of_the_loss(
     monkeypatch: pytest.MonkeyPatch, kl: str, part: int, block: int, packed: bool
 ) -> None:

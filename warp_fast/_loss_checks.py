@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from warp_fast._sharded import is_sharded
 if TYPE_CHECKING:
     from warp_fast._objective import Tokens
 
+Kl: TypeAlias = Literal["reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"]
+KINDS = get_args(Kl)
 EXACT = ("reverse", "forward")
-_KINDS = ("reward", "reward_to_go", "k2", "k3", *EXACT, "none")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # of temperature and softcap: some gradients have squares of scores, and (1e4 / 1e-12)^2 fits fp32
 _LEAST, _MOST = 1e-12, 1e12
@@ -297,8 +298,8 @@ def _check_kl(kl: str, has_anchor: bool, anchor_logprobs: Tensor | None) -> None
             "kl='k1' as a loss has zero gradient in expectation; use 'reward' (k1 inside the "
             "reward) or 'k2', which have the gradient of the reverse KL"
         )
-    if kl not in _KINDS:
-        raise ValueError(f"kl must be one of {', '.join(_KINDS)}; got {kl!r}")
+    if kl not in KINDS:
+        raise ValueError(f"kl must be one of {', '.join(KINDS)}; got {kl!r}")
     if has_anchor and anchor_logprobs is not None:
         raise ValueError(
             "the anchor must be given once; got anchor_logprobs and its logits or hidden states"

@@ -23,7 +23,7 @@ from warp_fast._objective import (
 from warp_fast.reference.linear_loss import Heads
 from warp_fast.reference.loss import Stats
 
-Kl: TypeAlias = Literal["reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"]
+Kl: TypeAlias = checks.Kl
 Normalizer: TypeAlias = Literal["sequence", "token"] | float | Tensor
 
 

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from warp_fast.loss import Kl
+
 
 @dataclass
 class WarpConfig:
@@ -75,7 +77,7 @@ class WarpConfig:
     granularity: Literal["tensor", "block", "model"] = "block"
     sweep: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
     final_eta: float = 1.0
-    kl: Literal["reward", "reward_to_go", "k2", "k3", "reverse", "forward", "none"] = "reward"
+    kl: Kl = "reward"
     baseline: Literal["leave_one_out", "batch_mean", "none"] = "leave_one_out"
     length_penalty: float = 0.0
     learning_rate: float = 1e-6
