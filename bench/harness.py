@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from warp_fast._backend import SERVED, unavailable
+from warp_fast._backend import able
 
 Case = TypeVar("Case")
 RESULTS = Path(__file__).parent / "results"
@@ -295,8 +295,7 @@ def bandwidth_probes(device: torch.device, size: int) -> list[Provider]:
 
 def backends(op: str, device: torch.device) -> list[str]:
     """What serves an op on a device at speed: not the interpreter of Triton."""
-    able = [b for b in SERVED[op][device.type] if unavailable(op, b, device) is None]
-    return [b for b in able if device.type == "cuda" or b != "triton"]
+    return [b for b in able(op, device) if device.type == "cuda" or b != "triton"]
 
 
 def relative_error(ours: Sequence[Tensor], gold: Sequence[Tensor]) -> float:

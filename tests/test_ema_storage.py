@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from warp_fast import ema_update_
-from warp_fast._backend import MISSING, SERVED
+from warp_fast._backend import able
 from warp_fast.reference import ema as reference
 from warp_fast.reference.ema import join_float32, split_float32
 
 # triton has its own file: on CPU tensors it runs in an interpreter
-BACKENDS = [n for n in SERVED["ema"]["cpu"] if n != "triton" and MISSING[n] is None]
+BACKENDS = [n for n in able("ema", "cpu") if n != "triton"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 

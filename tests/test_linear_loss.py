@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import warp_fast
 from tests.linear_loss_cases import V, call, check, finite, widened
 from warp_fast import _loss_ops, _stats_ops
-from warp_fast._backend import MISSING, SERVED
+from warp_fast._backend import MISSING, able
 from warp_fast._loss_checks import EXACT, KINDS
 from warp_fast._objective import Tokens, objective, slopes
 from warp_fast._slices import groups
@@ -23,7 +23,7 @@ from warp_fast.native.loss import Head
 from warp_fast.reference.linear_loss import linear_loss_reference
 from warp_fast.reference.loss import Stats
 
-BACKENDS = [name for name in SERVED["linear_loss"]["cpu"] if MISSING[name] is None]
+BACKENDS = able("linear_loss", "cpu")
 B, T, D = 3, 4, 5
 
 kinds = pytest.mark.parametrize("kl", KINDS)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import warp_fast
 from tests.tolerances import assert_close, largest
-from warp_fast._backend import MISSING, SERVED
+from warp_fast._backend import able
 from warp_fast._loss_checks import KINDS
 
-BACKENDS = [name for name in SERVED["loss"]["cpu"] if MISSING[name] is None]
+BACKENDS = able("loss", "cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = {"fp32": FP32, "bf16": BF16, "fp16": FP16, "fp64": FP64}
 # one row; odd; a power of two plus one; many rows of a round vocabulary

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import warp_fast
 from tests.tolerances import assert_close, largest
-from warp_fast._backend import MISSING, SERVED
+from warp_fast._backend import able
 
-BACKENDS = [name for name in SERVED["loss"]["cpu"] if MISSING[name] is None]
+BACKENDS = able("loss", "cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 INF = float("inf")
 

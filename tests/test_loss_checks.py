@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import warp_fast
 from warp_fast._backend import BACKENDS as KNOWN
-from warp_fast._backend import MISSING, SERVED
+from warp_fast._backend import able
 from warp_fast._loss_checks import KINDS
 
-BACKENDS = [name for name in SERVED["loss"]["cpu"] if MISSING[name] is None]
+BACKENDS = able("loss", "cpu")
 B, T, V, D = 2, 3, 7, 4
 
 served = pytest.mark.parametrize("backend", BACKENDS)

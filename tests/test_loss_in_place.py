@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 import warp_fast
 from tests.tolerances import assert_close
 from warp_fast import _loss_ops, _stats_ops
-from warp_fast._backend import MISSING, SERVED
+from warp_fast._backend import able
 
-BACKENDS = [name for name in SERVED["loss"]["cpu"] if MISSING[name] is None]
+BACKENDS = able("loss", "cpu")
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 B, T, V = 2, 3, 50
 

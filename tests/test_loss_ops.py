@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import warp_fast
 from warp_fast import _stats_ops
-from warp_fast._backend import MISSING, SERVED
+from warp_fast._backend import able
 from warp_fast.reference import loss as reference
 
-BACKENDS = [name for name in SERVED["loss"]["cpu"] if MISSING[name] is None]
+BACKENDS = able("loss", "cpu")
 HEAD = [(1.0, None), (0.7, 3.0)]
 B, T, V, D = 2, 3, 7, 4
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from warp_fast import _ops, ema_update_, gram, lerp, slerp
-from warp_fast._backend import MISSING, SERVED
+from warp_fast._backend import able
 
 # triton has its own files: on CPU tensors it runs in an interpreter
-EMA = [n for n in SERVED["ema"]["cpu"] if n != "triton" and MISSING[n] is None]
-SLERP = [n for n in SERVED["slerp"]["cpu"] if n != "triton" and MISSING[n] is None]
+EMA = [n for n in able("ema", "cpu") if n != "triton"]
+SLERP = [n for n in able("slerp", "cpu") if n != "triton"]
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 SIZES = (3, 0, 17)
 STORAGES = ("fp32", "split", "stochastic")

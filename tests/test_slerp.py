@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from warp_fast import gram, lerp, slerp, slerp_coefficients
-from warp_fast._backend import MISSING, SERVED
+from warp_fast._backend import able
 
 # triton has its own file: on CPU tensors it runs in an interpreter
-BACKENDS = [n for n in SERVED["slerp"]["cpu"] if n != "triton" and MISSING[n] is None]
+BACKENDS = [n for n in able("slerp", "cpu") if n != "triton"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # a matrix, fewer elements than a vector register, an odd vector, a matrix of odd rows

@@ -86,6 +86,13 @@ def unavailable(op: str, backend: str, device: torch.device) -> str | None:
     )
 
 
+def able(op: str, device: torch.device | str) -> list[str]:
+    """The backends that can run `op` on `device`, best first."""
+    device = torch.device(device)
+    served = SERVED[op].get(device.type, ("reference",))
+    return [name for name in served if unavailable(op, name, device) is None]
+
+
 def resolve(op: str, backend: str, device: torch.device) -> str:
     """Name the backend that will run `op` on `device`.
 

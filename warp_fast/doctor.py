@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from warp_fast._backend import BACKENDS, MISSING, SERVED, resolve, unavailable
+from warp_fast._backend import BACKENDS, MISSING, SERVED, able, resolve
 
 
 class Row(NamedTuple):
@@ -69,8 +69,7 @@ def chosen_row(op: str, device: str) -> Row:
         chosen = resolve(op, "auto", where)
     except ValueError as error:  # of WARP_FAST_BACKEND
         return Row(f"{op} on {device}", False, str(error))
-    able = [name for name in SERVED[op][device] if unavailable(op, name, where) is None]
-    others = [name for name in able if name != chosen]
+    others = [name for name in able(op, where) if name != chosen]
     also = f" (also {', '.join(others)})" if others else ""
     return Row(f"{op} on {device}", None, chosen + also)
 
