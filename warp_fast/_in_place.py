@@ -65,7 +65,7 @@ def _apart(rows: Tensor) -> bool:
 def loss_in_place(
     logits: Tensor,
     anchor: Tensor | None,
-    rows: Tokens,
+    tokens: Tokens,
     terms: Terms,
     head: tuple[float, float | None],
     normalizer: str | float | Tensor,
@@ -79,21 +79,21 @@ def loss_in_place(
     """
     with torch.no_grad():
         matrix, dtype = matrix_of(logits, anchor), compute_dtype(logits, anchor)
-        z = normalizer_of(rows, normalizer, dtype)
+        z = normalizer_of(tokens, normalizer, dtype)
         scores = (*head, exact_kl_of(terms.kl))
-        ahead = slopes_ahead(rows, terms, dtype)
+        ahead = slopes_ahead(tokens, terms, dtype)
         if ahead is not None and backend in _stats_ops.TOKEN_FUSED:
             fused = _stats_ops.TOKEN_FUSED[backend]
-            found = fused(matrix, ahead / z, rows.token_ids, rows.mask, anchor, *scores)
+            found = fused(matrix, ahead / z, tokens.token_ids, tokens.mask, anchor, *scores)
             stats = with_given_anchor(Stats(*found), terms)
         else:
             of_rows = _stats_ops.TOKEN_STATS[backend]
-            *found, state = of_rows(matrix, rows.token_ids, rows.mask, anchor, *scores, entropy)
+            *found, state = of_rows(matrix, tokens.token_ids, tokens.mask, anchor, *scores, entropy)
             stats = with_given_anchor(Stats(*found), terms)
-            upstream = slopes(rows, stats, terms) / z
+            upstream = slopes(tokens, stats, terms) / z
             compared = anchor if scores[2] else None
             state = _stats_ops.kept_state(state)
             gradient = _stats_ops.TOKEN_GRADIENT[backend]
-            gradient(matrix, upstream, rows.token_ids, compared, *scores, state)
-        loss = objective(rows, stats, terms) / z
+            gradient(matrix, upstream, tokens.token_ids, compared, *scores, state)
+        loss = objective(tokens, stats, terms) / z
     return _loss_ops.GIVEN_GRADIENT(loss, logits, matrix, backend), stats

@@ -269,7 +269,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def terms(
-    rows: Tokens,
+    tokens: Tokens,
     advantages: Tensor,
     has_anchor: bool,
     anchor_logprobs: Tensor | None,
@@ -283,11 +283,11 @@ def terms(
     if clip_range is not None and old_logprobs is None:
         raise ValueError("clip_range must come with old_logprobs, whose ratio it clips; got none")
     return Terms(
-        _per_token_advantages(rows, advantages),
-        _per_token(rows, anchor_logprobs, "anchor_logprobs"),
-        _per_token(rows, old_logprobs, "old_logprobs", finite=True),
+        _per_token_advantages(tokens, advantages),
+        _per_token(tokens, anchor_logprobs, "anchor_logprobs"),
+        _per_token(tokens, old_logprobs, "old_logprobs", finite=True),
         _clip_bounds(clip_range),
-        strength(beta, rows.mask.device),
+        strength(beta, tokens.mask.device),
         kl,
     )
 
@@ -314,7 +314,7 @@ def _check_kl(kl: str, has_anchor: bool, anchor_logprobs: Tensor | None) -> None
 
 
 def _per_token(
-    rows: Tokens, values: Tensor | None, name: str, finite: bool = False
+    tokens: Tokens, values: Tensor | None, name: str, finite: bool = False
 ) -> Tensor | None:
     """[N], 0 where masked; numbers, or -inf if they need not be finite."""
     if values is None:
@@ -325,12 +325,12 @@ def _per_token(
             f"{name} must be float32 or float64, since 16 bits round by more than the KL to a slow "
             f"anchor; got {values.dtype} (FSDP2: MixedPrecisionPolicy(cast_forward_inputs=False))"
         )
-    if values.shape != rows.shape or values.device != rows.mask.device:
+    if values.shape != tokens.shape or values.device != tokens.mask.device:
         raise ValueError(
-            f"{name} must be {tuple(rows.shape)} on {rows.mask.device} like token_ids; "
+            f"{name} must be {tuple(tokens.shape)} on {tokens.mask.device} like token_ids; "
             f"got {tuple(values.shape)} on {values.device}"
         )
-    flat = torch.where(rows.mask, values.detach().reshape(-1), 0)
+    flat = torch.where(tokens.mask, values.detach().reshape(-1), 0)
     if can_look(flat):
         wrong = ~flat.isfinite() if finite else ~(flat < math.inf)
         if wrong.any():
@@ -342,21 +342,21 @@ def _per_token(
     return flat
 
 
-def _per_token_advantages(rows: Tokens, advantages: Tensor) -> Tensor:
+def _per_token_advantages(tokens: Tokens, advantages: Tensor) -> Tensor:
     """[N], 0 where masked, from [B] or else the shape of token_ids."""
     floating("advantages", advantages)
-    if advantages.device != rows.mask.device:
-        raise ValueError(f"advantages must be on {rows.mask.device}; got {advantages.device}")
-    if advantages.shape == (rows.count,):
-        spread = advantages.detach()[rows.sequence]
-    elif advantages.shape == rows.shape:
+    if advantages.device != tokens.mask.device:
+        raise ValueError(f"advantages must be on {tokens.mask.device}; got {advantages.device}")
+    if advantages.shape == (tokens.count,):
+        spread = advantages.detach()[tokens.sequence]
+    elif advantages.shape == tokens.shape:
         spread = advantages.detach().reshape(-1)
     else:
         raise ValueError(
-            f"advantages must be [B] = [{rows.count}] or per token {list(rows.shape)}; "
+            f"advantages must be [B] = [{tokens.count}] or per token {list(tokens.shape)}; "
             f"got {list(advantages.shape)}"
         )
-    spread = torch.where(rows.mask, spread, 0)
+    spread = torch.where(tokens.mask, spread, 0)
     if can_look(spread) and spread.isnan().any():
         at = int(spread.isnan().nonzero()[0])
         raise ValueError(f"advantages must not be NaN where the mask is set; row {at} is")

@@ -43,7 +43,7 @@ class Call(NamedTuple):
     """The arguments of an op, in groups; so the kernel of a backend takes them."""
 
     heads: Heads
-    rows: Tokens
+    tokens: Tokens
     terms: Terms
     entropy: bool
     needs: tuple[bool, bool]
@@ -52,18 +52,25 @@ class Call(NamedTuple):
     def of(given: tuple[Any, ...]) -> Call:
         token_ids, mask, sequence, host_mask, host_sequence, count, longest = given[6:13]
         on_host = None if host_mask is None else (host_mask, host_sequence)
-        rows = Tokens(token_ids.shape, token_ids, mask, sequence, count, longest, on_host)
+        tokens = Tokens(token_ids.shape, token_ids, mask, sequence, count, longest, on_host)
         advantages, anchor_logprobs, old_logprobs, clip_range, beta, kl = given[13:19]
         clip = None if clip_range is None else (clip_range[0], clip_range[1])
         terms = Terms(advantages, anchor_logprobs, old_logprobs, clip, beta, kl)
         entropy, needs_hidden, needs_weight = given[19:]
-        return Call(Heads(*given[:6]), rows, terms, entropy, (needs_hidden, needs_weight))
+        return Call(Heads(*given[:6]), tokens, terms, entropy, (needs_hidden, needs_weight))
 
     def arguments(self) -> tuple[Any, ...]:
         """What `of` takes, in the order of the schema."""
-        rows, terms = self.rows, self.terms
-        on_host = rows.on_host or (None, None)
-        layout = (rows.token_ids, rows.mask, rows.sequence, *on_host, rows.count, rows.longest)
+        tokens, terms = self.tokens, self.terms
+        on_host = tokens.on_host or (None, None)
+        layout = (
+            tokens.token_ids,
+            tokens.mask,
+            tokens.sequence,
+            *on_host,
+            tokens.count,
+            tokens.longest,
+        )
         given = (terms.advantages, terms.anchor_logprobs, terms.old_logprobs)
         # A tensor, since a trace is tied to the value of a number that an op takes. Outside of one
         # it is read from the CPU; in one, a tensor there would keep it from being a CUDA graph.
@@ -87,8 +94,8 @@ def _grouped(kernel: Kernel) -> Kernel:
 
 def _fake_linear_loss(state: int) -> Kernel:
     def fake(*given: Any) -> LinearLoss:
-        heads, rows, _, _, needs = Call.of(given)
-        dtype, count, like = heads.compute_dtype, rows.mask.shape[0], heads.hidden
+        heads, tokens, _, _, needs = Call.of(given)
+        dtype, count, like = heads.compute_dtype, tokens.mask.shape[0], heads.hidden
         total, slopes = (like.new_empty(shape, dtype=dtype) for shape in ((), (count, 3)))
         found = Found.empty(like, count, dtype, state)
         return LinearLoss(total, *found, slopes, *fake_gradients(heads[:2], needs, dtype))
@@ -97,15 +104,15 @@ def _fake_linear_loss(state: int) -> Kernel:
 
 
 def _save_linear_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    heads, rows, terms, _, needs = Call.of(inputs)
+    heads, tokens, terms, _, needs = Call.of(inputs)
     found = LinearLoss(*output)
-    host_mask = None if rows.on_host is None else rows.on_host[0]
+    host_mask = None if tokens.on_host is None else tokens.on_host[0]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(found.anchor_logprobs, *found[5:])
     ctx.head = (heads.temperature, heads.softcap, exact_kl_of(terms.kl))
     anchor = heads[2:4] if ctx.head[2] else (None, None)
     ctx.dtypes = gradient_dtypes(heads[:2])
-    rest = rows.token_ids, rows.mask, host_mask, found.state, found.slopes
+    rest = tokens.token_ids, tokens.mask, host_mask, found.state, found.slopes
     save(ctx, [*heads[:2], *anchor, *rest])
     # given away by the first backward pass, and so not among the saved tensors, which outlive it
     made = zip((found.dhidden, found.dweight), needs, strict=True)

@@ -101,23 +101,23 @@ class Tokens:
         return found
 
 
-def objective(rows: Tokens, stats: Stats, terms: Terms) -> Tensor:
+def objective(tokens: Tokens, stats: Stats, terms: Terms) -> Tensor:
     """Z times the loss of `warp_fast.warp_loss`."""
     logp = stats.logprobs
     difference = (logp - stats.anchor_logprobs).detach()
-    total = -_gain(logp, _coefficients(rows, difference, terms), terms)
+    total = -_gain(logp, _coefficients(tokens, difference, terms), terms)
     if terms.kl not in COUPLED:
         if isinstance(terms.beta, Tensor):  # nor a derivative of what may be infinite
             stats = Stats(*[torch.where(terms.beta == 0, 0, values) for values in stats])
         total = total + _penalty(terms, divergence(stats, terms.kl))
-    return torch.where(rows.mask, total, 0).sum()
+    return torch.where(tokens.mask, total, 0).sum()
 
 
-def slopes(rows: Tokens, stats: Stats, terms: Terms) -> Tensor:
+def slopes(tokens: Tokens, stats: Stats, terms: Terms) -> Tensor:
     """[N, 3]: the derivatives of `objective` in logprobs, entropy and kl, 0 where masked."""
     logp = stats.logprobs
     difference = logp - stats.anchor_logprobs
-    of_logp = -_gain_slope(logp, _coefficients(rows, difference, terms), terms)
+    of_logp = -_gain_slope(logp, _coefficients(tokens, difference, terms), terms)
     if terms.kl == "k2":
         of_logp = of_logp + _penalty(terms, difference)
     elif terms.kl == "k3":
@@ -126,15 +126,15 @@ def slopes(rows: Tokens, stats: Stats, terms: Terms) -> Tensor:
     if terms.kl in EXACT:
         of_kl = of_kl + terms.beta
     found = torch.stack([of_logp, torch.zeros_like(logp), of_kl], dim=1)
-    return torch.where(rows.mask[:, None], found, 0)
+    return torch.where(tokens.mask[:, None], found, 0)
 
 
-def slopes_ahead(rows: Tokens, terms: Terms, dtype: torch.dtype) -> Tensor | None:
+def slopes_ahead(tokens: Tokens, terms: Terms, dtype: torch.dtype) -> Tensor | None:
     """`slopes` in `dtype`, if they depend on no statistic."""
     if terms.kl not in ("none", *EXACT) or terms.old_logprobs is not None:
         return None
-    nothing = terms.advantages.new_zeros(len(rows.mask), dtype=dtype)
-    return slopes(rows, Stats(*[nothing] * 4), terms)
+    nothing = terms.advantages.new_zeros(len(tokens.mask), dtype=dtype)
+    return slopes(tokens, Stats(*[nothing] * 4), terms)
 
 
 def exact_kl_of(kl: str) -> str:
@@ -161,28 +161,30 @@ def divergence(stats: Stats, kl: str) -> Tensor:
     return difference if kl in COUPLED else torch.zeros_like(difference)
 
 
-def normalizer_of(rows: Tokens, given: str | float | Tensor, dtype: torch.dtype) -> Tensor | float:
+def normalizer_of(
+    tokens: Tokens, given: str | float | Tensor, dtype: torch.dtype
+) -> Tensor | float:
     """Z; 1 in the place of 0, for a batch without tokens.
 
     Numbers stay numbers: a trace would be tied to the value of one that is made a tensor.
     """
     if isinstance(given, Tensor):
-        return torch.where(rows.mask.any(), given.detach().to(dtype), 1)
+        return torch.where(tokens.mask.any(), given.detach().to(dtype), 1)
     if given == "token":
-        return rows.mask.sum().clamp(min=1).to(dtype)
+        return tokens.mask.sum().clamp(min=1).to(dtype)
     if given == "sequence":
-        return max(1, rows.count)
+        return max(1, tokens.count)
     return float(given) or 1.0
 
 
-def _coefficients(rows: Tokens, difference: Tensor, terms: Terms) -> Tensor:
+def _coefficients(tokens: Tokens, difference: Tensor, terms: Terms) -> Tensor:
     """[N]: c, the advantage with the KL of the reward in it."""
     found = terms.advantages.to(difference.dtype)
     if terms.kl == "reward":
-        found = found - _penalty(terms, rows.total(difference))
+        found = found - _penalty(terms, tokens.total(difference))
     elif terms.kl == "reward_to_go":
-        found = found - _penalty(terms, rows.to_go(difference))
-    return torch.where(rows.mask, found, 0)
+        found = found - _penalty(terms, tokens.to_go(difference))
+    return torch.where(tokens.mask, found, 0)
 
 
 def _penalty(terms: Terms, estimate: Tensor) -> Tensor:

@@ -211,25 +211,25 @@ def warp_loss(
     checks.rows(logits, "logits")
     if anchor_logits is not None:
         checks.floating("anchor_logits", anchor_logits)
-    rows = Tokens.of(token_ids, mask, cu_seqlens, logits.shape[:-1], logits.device, "logits")
+    tokens = Tokens.of(token_ids, mask, cu_seqlens, logits.shape[:-1], logits.device, "logits")
     checks.same_shape(anchor_logits, "anchor_logits", logits, "logits")
     terms = checks.terms(
-        rows, advantages, anchor_logits is not None, anchor_logprobs, old_logprobs, beta, kl,
+        tokens, advantages, anchor_logits is not None, anchor_logprobs, old_logprobs, beta, kl,
         clip_range,
     )  # fmt: skip
-    checks.normalizer(normalizer, rows.mask)
+    checks.normalizer(normalizer, tokens.mask)
     backend = resolve("loss", backend, logits.device)
     anchor = None if anchor_logits is None else rows_of(anchor_logits.detach())
     if in_place and logits.requires_grad and torch.is_grad_enabled():
         head = (temperature, softcap)
         loss, found = loss_in_place(
-            logits, anchor, rows, terms, head, normalizer, return_entropy, backend
+            logits, anchor, tokens, terms, head, normalizer, return_entropy, backend
         )
-        return _in_shape(rows, loss, found, terms, return_entropy)
+        return _in_shape(tokens, loss, found, terms, return_entropy)
     stats = _stats_ops.TOKEN_STATS[backend](
         rows_of(logits),
-        rows.token_ids,
-        rows.mask,
+        tokens.token_ids,
+        tokens.mask,
         anchor,
         temperature,
         softcap,
@@ -237,9 +237,9 @@ def warp_loss(
         return_entropy,
     )
     found = with_given_anchor(Stats(*stats[:4]), terms)
-    total = objective(rows, found, terms)
-    loss = total / normalizer_of(rows, normalizer, total.dtype)
-    return _in_shape(rows, loss, found, terms, return_entropy)
+    total = objective(tokens, found, terms)
+    loss = total / normalizer_of(tokens, normalizer, total.dtype)
+    return _in_shape(tokens, loss, found, terms, return_entropy)
 
 
 def linear_warp_loss(
@@ -297,7 +297,7 @@ def linear_warp_loss(
     """
     temperature, softcap = checks.head(temperature, softcap)
     checks.linear(hidden, weight, "hidden", "weight")
-    rows = Tokens.of(token_ids, mask, cu_seqlens, hidden.shape[:-1], hidden.device, "hidden")
+    tokens = Tokens.of(token_ids, mask, cu_seqlens, hidden.shape[:-1], hidden.device, "hidden")
     checks.same_shape(anchor_hidden, "anchor_hidden", hidden, "hidden", last=False)
     if anchor_hidden is not None:
         anchor_weight = weight if anchor_weight is None else anchor_weight
@@ -306,10 +306,10 @@ def linear_warp_loss(
     elif anchor_weight is not None:
         raise ValueError("anchor_weight must come with anchor_hidden; it came alone")
     terms = checks.terms(
-        rows, advantages, anchor_hidden is not None, anchor_logprobs, old_logprobs, beta, kl,
+        tokens, advantages, anchor_hidden is not None, anchor_logprobs, old_logprobs, beta, kl,
         clip_range,
     )  # fmt: skip
-    checks.normalizer(normalizer, rows.mask)
+    checks.normalizer(normalizer, tokens.mask)
     heads = Heads(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -320,22 +320,22 @@ def linear_warp_loss(
     )
     make = torch.is_grad_enabled() and not low_memory
     needs = (make and hidden.requires_grad, make and weight.requires_grad)
-    call = _loss_ops.Call(heads, rows, terms, return_entropy, needs)
+    call = _loss_ops.Call(heads, tokens, terms, return_entropy, needs)
     op = _loss_ops.LINEAR_LOSS[resolve("linear_loss", backend, hidden.device)]
     total, *stats = op(*call.arguments())
     found = with_given_anchor(Stats(*stats[:4]), terms)
-    loss = total / normalizer_of(rows, normalizer, total.dtype)
-    return _in_shape(rows, loss, found, terms, return_entropy)
+    loss = total / normalizer_of(tokens, normalizer, total.dtype)
+    return _in_shape(tokens, loss, found, terms, return_entropy)
 
 
 def _in_shape(
-    rows: Tokens, loss: Tensor, stats: Stats, terms: checks.Terms, return_entropy: bool
+    tokens: Tokens, loss: Tensor, stats: Stats, terms: checks.Terms, return_entropy: bool
 ) -> WarpLoss:
     """Everything in the caller's shape."""
     return WarpLoss(
         loss,
-        stats.logprobs.view(rows.shape),
-        stats.anchor_logprobs.view(rows.shape),
-        divergence(stats, terms.kl).view(rows.shape),
-        stats.entropy.view(rows.shape) if return_entropy else None,
+        stats.logprobs.view(tokens.shape),
+        stats.anchor_logprobs.view(tokens.shape),
+        divergence(stats, terms.kl).view(tokens.shape),
+        stats.entropy.view(tokens.shape) if return_entropy else None,
     )

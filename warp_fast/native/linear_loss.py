@@ -112,7 +112,7 @@ def linear_token_stats_backward_cpp(
 
 
 def linear_loss_cpp(
-    heads: Heads, rows: Tokens, terms: Terms, entropy: bool, needs: tuple[bool, bool]
+    heads: Heads, tokens: Tokens, terms: Terms, entropy: bool, needs: tuple[bool, bool]
 ) -> LinearLoss:
     """`linear_loss_reference`: the gradients for little more than two products.
 
@@ -120,21 +120,23 @@ def linear_loss_cpp(
         `_KEPT_ROWS` tokens whose coefficients depend on the whole sequence.
     """
     if heads.compute_dtype == torch.float64:
-        wide = reference.linear_loss_reference(heads, rows, terms, entropy, needs)
+        wide = reference.linear_loss_reference(heads, tokens, terms, entropy, needs)
         return wide._replace(state=wide.state.new_zeros(len(wide.state), STATE))
     exact_kl = exact_kl_of(terms.kl)
     if any(needs):
-        making = _Making(heads, rows, terms, entropy, needs)
+        making = _Making(heads, tokens, terms, entropy, needs)
         with as_given("cpu"):
             making.run()
-        anchored, count = heads.anchor_hidden is not None, len(rows.mask)
+        anchored, count = heads.anchor_hidden is not None, len(tokens.mask)
         *found, state = by_row(making.state, making.index, count, anchored, exact_kl, entropy)
         gradients = making.dhidden, making.dweight
     else:
-        *found, state = linear_token_stats_cpp(heads, rows.token_ids, rows.mask, exact_kl, entropy)
+        *found, state = linear_token_stats_cpp(
+            heads, tokens.token_ids, tokens.mask, exact_kl, entropy
+        )
         gradients = found[0].new_empty(0), found[0].new_empty(0)
     stats = with_given_anchor(Stats(*found), terms)
-    total, upstream = objective(rows, stats, terms), slopes(rows, stats, terms)
+    total, upstream = objective(tokens, stats, terms), slopes(tokens, stats, terms)
     return LinearLoss(total, *found, state, upstream, *gradients)  # type: ignore[call-arg]
 
 
@@ -142,18 +144,18 @@ class _Making:
     """The statistics and the gradients of the loss, some hundred rows after the other.
 
     Attributes:
-        index: [n] the rows inside the mask; rows, terms, ids and state are of these alone.
+        index: [n] the rows inside the mask; tokens, terms, ids and state are of these alone.
         dhidden, dweight: of all rows, in fp32.
     """
 
     def __init__(
-        self, heads: Heads, rows: Tokens, terms: Terms, entropy: bool, needs: tuple[bool, bool]
+        self, heads: Heads, tokens: Tokens, terms: Terms, entropy: bool, needs: tuple[bool, bool]
     ) -> None:
-        self.index = rows.mask.nonzero()[:, 0]
-        check_ids(rows.token_ids, self.index, heads.weight.shape[0])
+        self.index = tokens.mask.nonzero()[:, 0]
+        check_ids(tokens.token_ids, self.index, heads.weight.shape[0])
         self.heads, self.entropy, self.needs = heads, entropy, needs
-        self.rows, self.terms = rows.at(self.index), terms.at(self.index)
-        self.ids, self.state = self.rows.token_ids, new_state(self.index)
+        self.tokens, self.terms = tokens.at(self.index), terms.at(self.index)
+        self.ids, self.state = self.tokens.token_ids, new_state(self.index)
         self.head = Head(heads.temperature, heads.softcap, exact_kl_of(terms.kl))
         self.anchored = heads.anchor_hidden is not None
         hidden, weight = heads[:2]
@@ -171,7 +173,7 @@ class _Making:
             anchor = Product(anchor_hidden[self.index], anchor_weight, buffers[0])
             _add_anchor(self.head, anchor, self.ids, self.state)
         coupled = self.terms.kl in COUPLED
-        lengths = self.rows.sequence.bincount().tolist() if coupled else None
+        lengths = self.tokens.sequence.bincount().tolist() if coupled else None
         for group in groups(count, lengths, limit):
             self._add_group(list(cut(group, limit)), buffers)
         if not self.weighed:
@@ -184,9 +186,9 @@ class _Making:
             given = (self.ids[block], self.state[block], self.entropy)
             _add_policy(self.head, policy, anchor, *given)
         whole = slice(blocks[0].start, blocks[-1].stop)
-        rows, terms = self.rows.at(whole), self.terms.at(whole)
+        tokens, terms = self.tokens.at(whole), self.terms.at(whole)
         found = statistics_of(self.state[whole], self.anchored, self.head.exact_kl, self.entropy)
-        upstream = slopes(rows, with_given_anchor(Stats(*found), terms), terms)
+        upstream = slopes(tokens, with_given_anchor(Stats(*found), terms), terms)
         for block in reversed(blocks):
             kept = block is blocks[-1]
             heads = self._heads_of(block, buffers)

@@ -139,13 +139,13 @@ def linear_token_stats_backward_reference(
 
 
 def linear_loss_reference(
-    heads: Heads, rows: Tokens, terms: Terms, entropy: bool, needs: tuple[bool, bool]
+    heads: Heads, tokens: Tokens, terms: Terms, entropy: bool, needs: tuple[bool, bool]
 ) -> LinearLoss:
     """`warp_fast.linear_warp_loss` times its normalizer, and its gradients."""
     exact_kl = exact_kl_of(terms.kl)
-    found = linear_token_stats_reference(heads, rows.token_ids, rows.mask, exact_kl, entropy)
+    found = linear_token_stats_reference(heads, tokens.token_ids, tokens.mask, exact_kl, entropy)
     stats = with_given_anchor(found, terms)
-    upstream = slopes(rows, stats, terms)
-    made = linear_token_stats_backward_reference(upstream, heads, rows.token_ids, exact_kl, needs)
+    upstream = slopes(tokens, stats, terms)
+    made = linear_token_stats_backward_reference(upstream, heads, tokens.token_ids, exact_kl, needs)
     state = upstream.new_empty((len(upstream), 0), dtype=torch.float64)
-    return LinearLoss(objective(rows, stats, terms), *found, state, upstream, *made)
+    return LinearLoss(objective(tokens, stats, terms), *found, state, upstream, *made)
