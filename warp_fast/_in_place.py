@@ -11,7 +11,6 @@ from warp_fast._loss_checks import Terms
 from warp_fast._loss_rows import rows_of
 from warp_fast._objective import (
     Tokens,
-    exact_kl_of,
     normalizer_of,
     objective,
     slopes,
@@ -67,7 +66,7 @@ def loss_in_place(
     anchor: Tensor | None,
     tokens: Tokens,
     terms: Terms,
-    head: tuple[float, float | None],
+    head: tuple[float, float | None, str],
     normalizer: str | float | Tensor,
     entropy: bool,
     backend: str,
@@ -75,25 +74,24 @@ def loss_in_place(
     """(the loss, its statistics without a gradient).
 
     Where the coefficients are known before the statistics are, a backend may have one pass for
-    both (`TOKEN_FUSED`).
+    both (`TOKEN_FUSED`). head: temperature, softcap and exact KL.
     """
     with torch.no_grad():
         matrix, dtype = matrix_of(logits, anchor), compute_dtype(logits, anchor)
         z = normalizer_of(tokens, normalizer, dtype)
-        scores = (*head, exact_kl_of(terms.kl))
         ahead = slopes_ahead(tokens, terms, dtype)
         if ahead is not None and backend in _stats_ops.TOKEN_FUSED:
             fused = _stats_ops.TOKEN_FUSED[backend]
-            found = fused(matrix, ahead / z, tokens.token_ids, tokens.mask, anchor, *scores)
+            found = fused(matrix, ahead / z, tokens.token_ids, tokens.mask, anchor, *head)
             stats = with_given_anchor(Stats(*found), terms)
         else:
             of_rows = _stats_ops.TOKEN_STATS[backend]
-            *found, state = of_rows(matrix, tokens.token_ids, tokens.mask, anchor, *scores, entropy)
+            *found, state = of_rows(matrix, tokens.token_ids, tokens.mask, anchor, *head, entropy)
             stats = with_given_anchor(Stats(*found), terms)
             upstream = slopes(tokens, stats, terms) / z
-            compared = anchor if scores[2] else None
+            compared = anchor if head[2] else None
             state = _stats_ops.kept_state(state)
             gradient = _stats_ops.TOKEN_GRADIENT[backend]
-            gradient(matrix, upstream, tokens.token_ids, compared, *scores, state)
+            gradient(matrix, upstream, tokens.token_ids, compared, *head, state)
         loss = objective(tokens, stats, terms) / z
     return _loss_ops.GIVEN_GRADIENT(loss, logits, matrix, backend), stats

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from warp_fast import _sharded
 from warp_fast._table import CODE
-from warp_fast.flat import PLAIN, Segment, place_of
+from warp_fast.flat import PLAIN, Segment, memory_of
 from warp_fast.native.slerp import fresh_like
 
 _FLOATING = [dtype for dtype in CODE if dtype.is_floating_point]
@@ -92,7 +92,7 @@ def _tied(init: Mapping[str, Tensor], policies: Any) -> dict[str, str]:
     first: dict[Any, str] = {}
     found = {}
     for key, tensor in init.items():
-        known = first.setdefault(place_of(tensor), key)
+        known = first.setdefault(memory_of(tensor), key)
         if known != key:
             found[key] = known
     listed = isinstance(policies, Iterable) and isinstance(policies, Sized)
@@ -108,7 +108,7 @@ def _has_tied(policy: Any, name: str, known: str) -> bool:
     if not isinstance(policy, Mapping):
         return False
     pair = [x for x in (policy.get(name), policy.get(known)) if isinstance(x, Tensor)]
-    return len(pair) == 2 and place_of(pair[0]) == place_of(pair[1])
+    return len(pair) == 2 and memory_of(pair[0]) == memory_of(pair[1])
 
 
 def _layout_of(init: Weights, segments: Any) -> Layout:
@@ -263,7 +263,7 @@ def empty_like(layout: Layout, init: Any) -> Any:
 def copy_tied(layout: Layout, result: Any) -> None:
     """Give tied names the merged tensor, where they have another."""
     for name, known in layout.tied.items():
-        if place_of(result[name]) != place_of(result[known]):
+        if memory_of(result[name]) != memory_of(result[known]):
             result[name].copy_(result[known])
 
 

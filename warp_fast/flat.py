@@ -138,7 +138,7 @@ def _named_tensors(
     return pairs
 
 
-def place_of(tensor: Tensor) -> object:
+def memory_of(tensor: Tensor) -> object:
     """What is equal for tensors that hold the same elements; of others for one object alone."""
     if tensor.numel() == 0 or tensor.is_meta or type(tensor) not in PLAIN:
         return id(tensor)
@@ -149,5 +149,5 @@ def _group_tied(pairs: list[tuple[str, Tensor]]) -> list[tuple[tuple[str, ...], 
     """Join names that hold the same elements (same memory, shape, strides and dtype)."""
     tied: dict[object, tuple[list[str], Tensor]] = {}
     for name, tensor in pairs:
-        tied.setdefault(place_of(tensor), ([], tensor))[0].append(name)
+        tied.setdefault(memory_of(tensor), ([], tensor))[0].append(name)
     return [(tuple(names), tensor) for names, tensor in tied.values()]

@@ -221,7 +221,7 @@ def warp_loss(
     backend = resolve("loss", backend, logits.device)
     anchor = None if anchor_logits is None else rows_of(anchor_logits.detach())
     if in_place and logits.requires_grad and torch.is_grad_enabled():
-        head = (temperature, softcap)
+        head = (temperature, softcap, exact_kl_of(kl))
         loss, found = loss_in_place(
             logits, anchor, tokens, terms, head, normalizer, return_entropy, backend
         )
