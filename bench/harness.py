@@ -307,7 +307,7 @@ def relative_error(ours: Sequence[Tensor], gold: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Options:
-    """The command line of a benchmark, as its benchmarks need it."""
+    """The command line of a benchmark."""
 
     quick: bool
     device: torch.device

@@ -60,7 +60,7 @@ class Group:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a number has to be read with."""
+    """What to know of a run before reading its numbers."""
     return {
         "machine": machine(device),
         "threads": str(torch.get_num_threads()),

@@ -1,3 +1,4 @@
+// The CUDA kernels: what bindings_cuda.cpp calls and ema.cu, gram.cu, loss.cu and slerp.cu define.
 #pragma once
 
 #include <cstdint>

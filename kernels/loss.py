@@ -31,7 +31,7 @@ _PIECE = 1 << 15  # elements of a program: 8 programs for a row of 256k
 
 
 class Rows(NamedTuple):
-    """What every launch is about: logits of policy and anchor, token_ids and kept [N]."""
+    """What all launches share: logits of policy and anchor, token_ids and kept [N]."""
 
     logits: Tensor
     anchor: Tensor | None
@@ -109,9 +109,10 @@ def _shared_layout(*matrices: Tensor) -> tuple[int, ...]:
 class Odds(NamedTuple):
     """The gradient of the log-prob of row n is factors[n] * values[n].
 
-    values: [N, V], p_v / p_token times the slope of the score; of the token what makes it a
-        gradient. Not in need of what is not known before the pass over the logits ends.
-    factors: [N], -p_token; 0 of a row that is not kept.
+    values: [N, V], p_v / p_token times the slope of the score; in the column of the token
+        -(1 - p_token) / p_token times it. They need no normalizer, so that the pass over the logits
+        that finds it can write them.
+    factors: [N], -p_token; 0 in a row that is not kept.
     """
 
     values: Tensor

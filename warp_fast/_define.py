@@ -52,8 +52,8 @@ def define_each(
 ) -> dict[str, Any]:
     """Register one op by backend and return the overloads by backend.
 
-    name: with {} where that of the backend goes.
-    fake: one for all, or by backend.
+    name: has {} where the name of the backend goes.
+    fake: one for all backends, or one for each.
     """
     fakes = fake if isinstance(fake, Mapping) else dict.fromkeys(kernels, fake)
     return {

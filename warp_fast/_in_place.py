@@ -23,7 +23,7 @@ from warp_fast.reference.loss import Stats, compute_dtype
 
 def matrix_of(logits: Tensor, anchor: Tensor | None) -> Tensor:
     """The rows of the logits where they are; ValueError or TypeError if they cannot be written."""
-    # a trace knows neither what a view is of nor, for it cannot fail there, how it came about
+    # a trace does not know what a view is of, so what follows is not checked there
     base = None if torch.compiler.is_compiling() else logits._base
     if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(

@@ -40,7 +40,7 @@ _LINEAR_LOSS_SCHEMA = (
 
 
 class Call(NamedTuple):
-    """The arguments of an op, in groups; so the kernel of a backend takes them."""
+    """The arguments of the linear_loss op in groups, as the kernels of the backends take them."""
 
     heads: Heads
     tokens: Tokens

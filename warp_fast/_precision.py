@@ -33,7 +33,8 @@ def as_given(device_type: str) -> Iterator[None]:
 
 
 class _Flags:
-    """They are of the process, and autograd has a thread for each GPU: the first in, last out."""
+    """Set by the first thread inside, restored by the last: torch has them once per process, while
+    autograd runs a thread for each GPU."""
 
     def __init__(self) -> None:
         self.lock, self.inside, self.before = threading.Lock(), 0, _GIVEN

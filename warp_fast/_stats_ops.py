@@ -112,7 +112,7 @@ def _stateless(forward: Kernel) -> Kernel:
 
 
 def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
-    """For the backward pass; of tensors of inference mode, which autograd refuses, the memory."""
+    """Save for the backward pass; inference tensors, which autograd refuses, as normal ones."""
     kept = [_normal(x) if x is not None and x.is_inference() else x for x in tensors]
     ctx.save_for_backward(*kept)
 

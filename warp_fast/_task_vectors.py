@@ -15,7 +15,7 @@ class TaskVectors:
     Attributes:
         segments: S names.
         gram: [S, M, M] fp64, <delta_i, delta_j>.
-        coefficients: [S, M] fp64, what the merge gives each, before eta.
+        coefficients: [S, M] fp64, the weight of each in the merge, before eta.
     """
 
     segments: list[str]

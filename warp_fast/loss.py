@@ -31,7 +31,7 @@ class WarpLoss(NamedTuple):
     """What the losses return.
 
     Attributes:
-        loss: () fp32.
+        loss: () fp32, as the rest (fp64 for fp64 inputs).
         logprobs, anchor_logprobs: log pi(y_t) and log pi_anchor(y_t), nats, in the shape of
             token_ids, 0 where masked; anchor_logprobs is 0 without an anchor.
         kl: per token, nats, the estimate that `kl` names (see `warp_loss`).
@@ -76,7 +76,7 @@ def token_logprobs(
     Traffic: reads the logits once (2 bytes per bf16 logit), of a slice such as logits[:, :-1] where
         they are; the gradient reads them again and writes as much. The gradient of a slice autograd
         copies into zeros of the whole: slice hidden states instead, or mask the last token.
-    Numerics: fp32 throughout, max subtracted. Gradients flow to logits.
+    Numerics: fp32 throughout (fp64 for fp64 logits), max subtracted. Gradients flow to logits.
     """
     temperature, softcap = checks.head(temperature, softcap)
     checks.rows(logits, "logits")
@@ -279,12 +279,13 @@ def linear_warp_loss(
 
     Returns, Raises: as `warp_loss`.
 
-    Traffic: 8 N V D flops with an anchor and both gradients, all of them forward: the gradients are
-        made while the logits are there, and scaled in backward. A gradient through the per-token
-        values makes the logits again, 6 N V D. So do, 2 N V D, low_memory and, for "reward" and
-        "reward_to_go", sequences of more rows than stay (384 on CPU, 2048 on GPUs). Rows outside a
-        mask on the CPU cost nothing; those outside a mask on a GPU, which only a wait could count,
-        cost their share of the products. On CPU rows without a gradient cost no gradient.
+    Traffic: 8 N V D flops with an anchor and both gradients, all in the forward pass: the gradients
+        are made while the logits are there, and only scaled in the backward pass. Making the logits
+        again costs 2 N V D more: for low_memory, and for "reward" and "reward_to_go" where a
+        sequence has more tokens than stay in memory (384 on CPU, 2048 on GPUs). A gradient through
+        the per-token values costs 6 N V D. Masked rows cost nothing if the mask is on the CPU; if
+        it is on a GPU they are multiplied too, since counting them would wait for the GPU. On CPU
+        rows whose coefficient is 0 cost no gradient.
     Memory: beside the gradients, which are in fp32, some logits: 1.5 KiB times V on CPU, 5.5 KiB (7
         for an exact KL) times V on GPUs; with low_memory 16 MiB, and on GPUs, where the gradient of
         weight is then never in fp32 whole, 0.4 GiB for V 256k and D 2304.

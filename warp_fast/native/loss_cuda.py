@@ -141,7 +141,7 @@ def _bytes(mask: Tensor) -> Tensor:
 
 
 class _Arguments:
-    """What both launches are about; keeps the copies of what the kernels cannot address."""
+    """The arguments that all launches share; keeps alive the copies that the kernels read."""
 
     def __init__(
         self,
