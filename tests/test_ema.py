@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.tolerances import assert_same_bits
 from warp_fast import EMAAnchor, ema_update_
 from warp_fast._backend import able
 from warp_fast.reference.ema import split_float32
@@ -41,15 +42,9 @@ def copied(average: Average) -> Average:
     return {k: [x.clone() for x in v] if isinstance(v, list) else v for k, v in average.items()}
 
 
-def bits(tensor: Tensor) -> Tensor:
-    views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(views[tensor.element_size()])
-
-
-def assert_same_bits(found: Average, expected: Average) -> None:
+def assert_same_average(found: Average, expected: Average) -> None:
     for key in ("ema", "residual"):
-        for a, b in zip(found.get(key, []), expected.get(key, []), strict=True):
-            torch.testing.assert_close(bits(a), bits(b), rtol=0, atol=0)
+        assert_same_bits(found.get(key, []), expected.get(key, []))
 
 
 def normal(sizes: tuple[int, ...] = SIZES, scale: float = 0.02) -> list[Tensor]:
@@ -108,7 +103,7 @@ def test_every_backend_has_the_bits_of_the_reference(
     expected = copied(average)
     ema_update_(params=params, rate=rate, backend=backend, **average)
     ema_update_(params=params, rate=rate, backend="reference", **expected)
-    assert_same_bits(average, expected)
+    assert_same_average(average, expected)
 
 
 @every_backend
@@ -123,7 +118,7 @@ def test_rate_in_a_tensor_equals_the_number(
     ema_update_(params=params, rate=rate, backend=backend, **average)
     device_rate = torch.tensor(rate, dtype=rate_dtype, requires_grad=True)
     ema_update_(params=params, rate=device_rate, backend=backend, **other)
-    assert_same_bits(average, other)
+    assert_same_average(average, other)
 
 
 @every_backend
@@ -132,9 +127,9 @@ def test_rate_zero_keeps_and_rate_one_copies(backend: str, storage: str) -> None
     average, params = average_of(storage, normal()), [x.to(BF16) for x in normal(scale=30.0)]
     before = copied(average)
     ema_update_(params=params, rate=0.0, backend=backend, **average)
-    assert_same_bits(average, before)
+    assert_same_average(average, before)
     ema_update_(params=params, rate=1.0, backend=backend, **average)
-    assert_same_bits(average, average_of(storage, [x.float() for x in params]))
+    assert_same_average(average, average_of(storage, [x.float() for x in params]))
 
 
 finite = st.floats(-(2.0**99), 2.0**99, width=32)
@@ -195,7 +190,7 @@ def test_strided_views_are_written_through(backend: str, storage: str, form: str
     shaped = VIEWS[form](params[0])
     ema_update_(params=[shaped.contiguous()], rate=0.3, backend=backend, **dense)
     ema_update_(params=[shaped], rate=0.3, backend=backend, **strided)
-    assert_same_bits(strided, dense)
+    assert_same_average(strided, dense)
 
 
 @every_backend

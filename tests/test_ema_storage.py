@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tolerances import bits
 from warp_fast import ema_update_
 from warp_fast._backend import able
 from warp_fast.reference import ema as reference
@@ -17,10 +18,6 @@ from warp_fast.reference.ema import join_float32, split_float32
 BACKENDS = [n for n in able("ema", "cpu") if n != "triton"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int16 if tensor.dtype == BF16 else torch.int32)
 
 
 # --- split storage -------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.cuda_on_cpu import ABSENT
+from tests.tolerances import assert_same_bits
 from warp_fast import _table
 from warp_fast.native.ema import ema_update_cuda_
 from warp_fast.reference.ema import ema_update_reference_, split_float32
@@ -64,20 +65,6 @@ def lists(
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
-
-
-def bits(tensor: Tensor) -> Tensor:
-    views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(views[tensor.element_size()])
-
-
-def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        different = (bits(a) != bits(b)).flatten().nonzero()
-        assert not different.numel(), (
-            f"tensor {i}: {different.numel()} of {a.numel()} elements differ, first at "
-            f"{int(different[0])}: {a.flatten()[different[0]]} for {b.flatten()[different[0]]}"
-        )
 
 
 def check(

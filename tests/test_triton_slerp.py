@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.cuda_on_cpu import ABSENT
+from tests.tolerances import assert_same_bits
 from warp_fast.native import slerp as native
 from warp_fast.native._addresses import extension
 from warp_fast.reference.slerp import (
@@ -99,18 +100,6 @@ def check_one_gram(
     # the definition itself rounds fp32 task vectors to fp32
     assert relative(found, gram_reference(init, policies, segment, SEGMENTS)) < GRAM_TOLERANCE
     assert torch.equal(found, found.transpose(1, 2))
-
-
-def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
-    views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert a.dtype == b.dtype
-        view = views[a.element_size()]
-        different = (a.contiguous().view(view) != b.contiguous().view(view)).flatten().nonzero()
-        assert not different.numel(), (
-            f"tensor {i}: {different.numel()} of {a.numel()} elements differ, first at "
-            f"{int(different[0])}: {a.flatten()[different[0]]} for {b.flatten()[different[0]]}"
-        )
 
 
 def check_apply(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,19 @@ def assert_close(
     assert error <= allowed, (
         f"{what}: off by {error:.3g}; allowed {allowed:.3g} (eager {plain:.3g})"
     )
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers: NaN is equal to itself, and 0 not to -0."""
+    views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(views[tensor.element_size()])
+
+
+def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.dtype == b.dtype
+        different = (bits(a) != bits(b)).flatten().nonzero()
+        assert not different.numel(), (
+            f"tensor {i}: {different.numel()} of {a.numel()} elements differ, first at "
+            f"{int(different[0])}: {a.flatten()[different[0]]} for {b.flatten()[different[0]]}"
+        )
