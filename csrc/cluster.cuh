@@ -1,5 +1,5 @@
-// From the sums of threads to those of a row: over the lanes of a warp, the warps of a block and the
-// blocks of a cluster, in fp64 and in a fixed order.
+// From the sums of threads to those of a row: over the lanes of a warp, the warps of a block and
+// the blocks of a cluster, in fp64 and in a fixed order.
 #pragma once
 
 #include <cooperative_groups.h>

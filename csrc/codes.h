@@ -1,4 +1,4 @@
-// Numbers of dtypes and storages, shared by C++, CUDA and the Python launchers in warp_fast/native/.
+// Numbers of dtypes and storages, the same in C++, CUDA and warp_fast/_table.py.
 #pragma once
 
 namespace warp_fast {

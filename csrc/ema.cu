@@ -132,7 +132,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int i = 0; i < kVec; ++i) {
                 float start = average[s].value(i);
-                if constexpr (STORAGE == kSplit) start = join(average[s].bits16(i), low[s].bits16(i));
+                if constexpr (STORAGE == kSplit) {
+                    start = join(average[s].bits16(i), low[s].bits16(i));
+                }
                 const float moved = interpolate(start, param[s].value(i), weight);
                 if constexpr (STORAGE == kSplit) {
                     const uint32_t bits = split_bits(moved);

@@ -10,7 +10,7 @@
 namespace warp_fast {
 namespace {
 
-constexpr int kMostFused = 3;     // policies whose pairs are summed in one go
+constexpr int kMostPaired = 3;    // policies whose pairs are summed in one go
 constexpr int kMostStaged = 16;   // policies whose task vectors are held in the L1 cache
 constexpr int64_t kStaged = 256;  // elements held at a time
 constexpr int kTile = 3;          // policies whose pairs with others are summed in one go
@@ -88,8 +88,8 @@ void stage(const MergeEntry& entry, int64_t begin, int64_t lanes, int policies, 
     }
 }
 
-// sum[a + i][b + j] += products of the policies a + i < a + A and b + j < b + B; if SAME, a is b and
-// each pair comes once
+// sum[a + i][b + j] += products of the policies a + i < a + A and b + j < b + B; if SAME, a is b
+// and each pair comes once
 template <int A, int B, bool SAME>
 void add_products(const Staged& delta, int a, int b, int64_t lanes, Sums& sum) {
     constexpr int kPairs = SAME ? A * B - A * (A - 1) / 2 : A * B;
@@ -165,8 +165,8 @@ void grams(const MergeEntry& entry, int64_t begin, int64_t end, int policies, do
             return pairs<CODE, 1>(entry, begin, end, row);
         case 2:
             return pairs<CODE, 2>(entry, begin, end, row);
-        case kMostFused:
-            return pairs<CODE, kMostFused>(entry, begin, end, row);
+        case kMostPaired:
+            return pairs<CODE, kMostPaired>(entry, begin, end, row);
         default:
             return grams_staged<CODE>(entry, begin, end, policies, row);
     }

@@ -1,4 +1,4 @@
-// The Gram matrices of task vectors in CUDA: one launch over all tensors, then one over all segments.
+// The Gram matrices of task vectors in CUDA: one launch over all tensors, one over all segments.
 //
 // fp64 sums of exact products, in a fixed order, without atomics.
 #include "cuda.h"
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) base[c] = column<void>(entry, number[c]);
         double sum[kPairs] = {};
-        Raw<MODE> raw[kColumns], ahead[kColumns];
+        RawWeights<MODE> raw[kColumns], ahead[kColumns];
         int64_t at = begin + threadIdx.x * kVec<MODE>;
         if (at < end) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// How a thread of the CUDA loss kernels reads and writes a row: a vector of kVector logits at a time,
-// 16 bytes an instruction, wherever the row begins.
+// How a thread of the CUDA loss kernels reads and writes a row: a vector of kVector logits at a
+// time, 16 bytes an instruction, wherever the row begins.
 #pragma once
 
 #include <cuda_bf16.h>

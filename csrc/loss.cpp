@@ -117,7 +117,8 @@ void leave_out(Block& u, int64_t j, double* target) {
 void scores(const LossCall& call, const LossMatrix& matrix, int64_t first, int64_t count, Block& u,
             Block* slope) {
     load_columns(matrix, first, count, u);
-    const float scale = static_cast<float>((call.softcap > 0 ? call.softcap : 1) / call.temperature);
+    const double cap = call.softcap > 0 ? call.softcap : 1;
+    const float scale = static_cast<float>(cap / call.temperature);
     if (call.softcap > 0) {
         const float narrow = static_cast<float>(1 / call.softcap);
         for (int64_t j = 0; j < count; j += 8) {
@@ -235,15 +236,17 @@ void row_stats(const LossCall& call, int64_t row) {
     }
 }
 
-// du = p (A + B u + C (u - v - M)) - Q q, all divided by the temperature, u and v below their shifts;
-// C is of a reverse KL, Q of a forward one
+// du = p (A + B u + C (u - v - M)) - Q q, all divided by the temperature, u and v below their
+// shifts; C is of a reverse KL, Q of a forward one
 template <bool ENTROPY, ExactKl EXACT>
 void block_gradient(const float* c, Block& u, const Block& v, int64_t count) {
     for (int64_t j = 0; j < count; j += 8) {
         const f32x8 d = at(u, j) - c[kShift], e = exponential(d);
         f32x8 slope = all(c[kFactor]);
         if (ENTROPY) slope += d * c[kMomentFactor];
-        if (EXACT == kReverse) slope += (d - (at(v, j) - c[kAnchorShift]) - c[kMean]) * c[kCrossFactor];
+        if (EXACT == kReverse) {
+            slope += (d - (at(v, j) - c[kAnchorShift]) - c[kMean]) * c[kCrossFactor];
+        }
         f32x8 du = e * slope;
         if (ENTROPY || EXACT == kReverse) du = e == all(0) ? all(0) : du;
         if (EXACT == kForward) du -= exponential(at(v, j) - c[kAnchorShift]) * c[kAnchorFactor];

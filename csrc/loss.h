@@ -7,8 +7,8 @@ namespace warp_fast {
 
 enum ExactKl : int { kNoKl = 0, kReverse = 1, kForward = 2 };
 
-// Rows in runs: in a run they are `stride` elements apart, from its last to the next run's first it is
-// `jump` more. So lie the logits of a batch of which a slice in time is taken.
+// Rows in runs of `run`: a row begins `stride` elements after the one before it, the first row of
+// a run `jump` more. So lie the logits of a batch of which a slice in time is taken.
 struct LossMatrix {
     void* address;  // or null
     int64_t stride, run, jump;

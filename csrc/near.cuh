@@ -1,6 +1,7 @@
-// The arithmetic of rows.cuh for most rows: sums relative to the sampled token. They need no largest
-// score and no care for infinities. They are right where the token is not unlikely, as most are that
-// were sampled from the policy, and all is finite; `holds` tells, and `add` is for the other rows.
+// The arithmetic of rows.cuh for most rows: sums relative to the score of the sampled token, which
+// need no largest score and no care for infinities. They are right where all is finite and the
+// token is not too unlikely, as most are that the policy sampled. `holds` says whether they are; if
+// not, the row is summed again by `add`.
 #pragma once
 
 #include "rows.cuh"

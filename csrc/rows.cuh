@@ -33,8 +33,8 @@ struct Asked {
 };
 
 // How one row is cut: into `parts` blocks of `vectors` each, of which the first `resident` can stay
-// in the `shared` bytes that a block has for them. The cuts depend on the width and the GPU alone: a
-// row gives the same bits in any batch.
+// in the `shared` bytes that a block has for them. The cuts depend on the width and the GPU alone:
+// a row gives the same bits in any batch.
 struct Slices {
     int parts;
     int64_t vectors, resident;

@@ -94,7 +94,8 @@ WARP_FAST_INLINE Vector load_bytes(const char* from, int64_t bytes) {
 template <class Vector>
 WARP_FAST_INLINE void store_bytes(char* to, const Vector& value, int64_t bytes, bool stream) {
     if (bytes >= static_cast<int64_t>(sizeof(value))) {
-        stream ? stream_vector(to, value) : static_cast<void>(std::memcpy(to, &value, sizeof(value)));
+        stream ? stream_vector(to, value)
+               : static_cast<void>(std::memcpy(to, &value, sizeof(value)));
     } else if (bytes > 0) {
         std::memcpy(to, &value, bytes);
     }

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int64_t end = begin + kApplyBlock < entry.size ? begin + kApplyBlock : entry.size;
         const int start_code = code_of(codes, 0);
         for (int64_t at = begin + threadIdx.x * kWidth; at < end; at += kThreads * kWidth) {
-            Raw<MODE> start, raw[M];
+            RawWeights<MODE> start, raw[M];
             start.load(column<void>(entry, 0), at, start_code);
 #pragma unroll
             for (int m = 0; m < M; ++m) {

@@ -1,8 +1,8 @@
 // What the CUDA kernels share: the pointer table, typed access, and errors as exceptions.
 //
 // A table row describes one entry, a run of elements of one tensor: its size, its first block in
-// the launch, a payload of the op, then one address per column. Aligned entries start on 16 bytes in
-// every column and hold whole vectors of 8 elements.
+// the launch, a payload of the op, then one address per column. Aligned entries start on 16 bytes
+// in every column and hold whole vectors of 8 elements.
 #pragma once
 
 #include <cuda_fp16.h>

@@ -16,7 +16,7 @@ constexpr int kVec = MODE == kAllBf16 ? 8 : MODE == kVectors ? 4 : 1;
 
 // the elements of one vector of one tensor, as loaded
 template <int MODE>
-struct Raw {
+struct RawWeights {
     uint4 word;
     double any;
 
@@ -27,7 +27,8 @@ struct Raw {
             const int bytes = MODE == kAllBf16 ? 2 : 4;
             word = *reinterpret_cast<const uint4*>(static_cast<const char*>(base) + at * bytes);
         } else {
-            const uint2 half = *reinterpret_cast<const uint2*>(static_cast<const char*>(base) + at * 2);
+            const char* from = static_cast<const char*>(base) + at * 2;
+            const uint2 half = *reinterpret_cast<const uint2*>(from);
             word.x = half.x, word.y = half.y;
         }
     }
@@ -41,7 +42,7 @@ struct Raw {
 
 // policy - init in fp32, or in fp64 where either is
 template <int MODE>
-__device__ double delta_of(const Raw<MODE>& end, int end_code, const Raw<MODE>& start,
+__device__ double delta_of(const RawWeights<MODE>& end, int end_code, const RawWeights<MODE>& start,
                            int start_code, int i) {
     if constexpr (MODE == kScalars) {
         if (end_code == kFp64 || start_code == kFp64) return __dsub_rn(end.any, start.any);

@@ -46,6 +46,11 @@ class Evaluation:
     length: float
     samples: int
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is a held-out reward."""
+        return not math.isnan(self.held_out)
+
 
 @dataclass(frozen=True)
 class FrontPoint(Evaluation):

@@ -33,7 +33,7 @@ def plot_front(
     import matplotlib
     from matplotlib.figure import Figure
 
-    held_out = any(p.held_out == p.held_out for p in points)
+    held_out = any(p.has_held_out for p in points)
     panels = [("reward", "reward (trained on)")] + [("held_out", "held-out reward")] * held_out
     figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)

@@ -97,7 +97,7 @@ def front_table(points: list[FrontPoint]) -> Table:
             f"{p.eta:g}",
             f"{p.kl:.3f} +- {p.kl_ci:.3f}",
             f"{p.reward:.2f} +- {p.reward_ci:.2f}",
-            f"{p.held_out:.2f} +- {p.held_out_ci:.2f}" if p.held_out == p.held_out else "-",
+            f"{p.held_out:.2f} +- {p.held_out_ci:.2f}" if p.has_held_out else "-",
             f"{p.length:.1f}",
         )
         shown = p.policy
@@ -112,4 +112,4 @@ def _status(metrics: dict[str, Any]) -> str:
 
 
 def _held_out(point: FrontPoint) -> str:
-    return f"  held-out {point.held_out:.3f}" if point.held_out == point.held_out else ""
+    return f"  held-out {point.held_out:.3f}" if point.has_held_out else ""

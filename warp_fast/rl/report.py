@@ -49,7 +49,7 @@ def _front_rows(points: Sequence[FrontPoint]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for p in points:
-        held_out = f"{p.held_out:.3f} +- {p.held_out_ci:.3f}" if p.held_out == p.held_out else ""
+        held_out = f"{p.held_out:.3f} +- {p.held_out_ci:.3f}" if p.has_held_out else ""
         lines.append(
             f"| {p.policy} | {p.eta:g} | {p.kl:.3f} +- {p.kl_ci:.3f} | "
             f"{p.reward:.3f} +- {p.reward_ci:.3f} | {held_out} | {p.length:.1f} |"
