@@ -27,8 +27,6 @@ def test_linear_of_equal_weights_is_lerp(tmp_path: Path) -> None:
     expected_eta = {"eta": 1.0, "dtype": None}
     assert _read(tmp_path, LINEAR + TWO) == expected | expected_eta
     assert _read(tmp_path, LINEAR + "parameters:\n" + TWO) == expected | expected_eta
-    found = _read(tmp_path, LINEAR + TWO + "base_model: base\ndtype: bfloat16\n")
-    assert (found["init"], found["policies"], found["dtype"]) == ("base", ["a", "b"], "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +47,25 @@ def test_linear_with_the_base_among_the_models_is_liti(tmp_path: Path) -> None:
     found = _read(tmp_path, text)
     assert (found["init"], found["policies"]) == ("a", ["b"])
     assert found["eta"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("normalize", "weight"), [("true", 0.5), ("true", 2), ("false", "0.3333333333333")]
+)
+def test_linear_with_a_base_that_is_not_listed_gives_it_the_weight_of_all(
+    tmp_path: Path, normalize: str, weight: object
+) -> None:
+    parameters = f"parameters: {{weight: {weight}, normalize: {normalize}}}\n"
+    found = _read(tmp_path, LINEAR + TWO + "base_model: base\n" + parameters)
+    assert (found["init"], found["policies"]) == ("base", ["a", "b"])
+    assert found["eta"] == pytest.approx(2 / 3)
+
+
+def test_linear_with_a_listed_base_of_no_weight_is_the_mean(tmp_path: Path) -> None:
+    text = LINEAR + "base_model: c\n"
+    text += "models: [{model: a}, {model: b}, {model: c, parameters: {weight: 0}}]\n"
+    found = _read(tmp_path, text)
+    assert (found["init"], found["policies"], found["eta"]) == ("c", ["a", "b"], 1.0)
 
 
 def test_linear_gives_the_weighted_sum(tmp_path: Path, checkpoints: Any) -> None:
@@ -107,6 +124,14 @@ def test_slices_must_be_whole_models(tmp_path: Path, layers: int) -> None:
         (LINEAR + "models: 3\n", "models must"),
         (LINEAR + "models: []\n", "at least one model; got none"),
         (LINEAR + "parameters: 3\n" + TWO, "parameters must be a mapping; got 3"),
+        (LINEAR + "models: [{model: a, parameters: x}]\n", "of a must be a mapping; got 'x'"),
+        (LINEAR + "models: [{model: {model: a}}]\n", "model must be a directory, as text; got {"),
+        (LINEAR + "base_model: {model: c}\n" + TWO, "base_model must be a directory, as text"),
+        (LINEAR + "base_model: c\n" + TWO, "base_model c must be listed.*there is none"),
+        (LINEAR + "base_model: c\nmodels: [{model: a, parameters: {weight: 1}}]\n",
+         "base_model c must be listed"),
+        (LINEAR + "base_model: c\nparameters: {weight: 0.5, normalize: false}\n" + TWO,
+         "sum to 1; got 1.5"),
         ("a: 1\n", "no merge_method"),
         ("{", "not valid YAML"),
     ],

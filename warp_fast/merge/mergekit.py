@@ -15,8 +15,8 @@ _SLERP = (
 def read_mergekit(path: str | Path) -> dict[str, Any]:
     """Read a mergekit YAML as arguments of merge_checkpoints.
 
-        linear    equal weights: the mean of the policies; a base_model that is listed too gets the
-                  part 1 - eta
+        linear    equal weights: the mean of the policies; a base_model gets the part 1 - eta, by
+                  its own weight or, not listed among the models, by that of parameters
         nuslerp   two equally weighted models and a base_model: WARP's SLERP, per tensor
 
     Args:
@@ -49,6 +49,8 @@ def read_mergekit(path: str | Path) -> dict[str, Any]:
     if not models:
         raise ValueError("models must list at least one model; got none")
     base = content.get("base_model")
+    if base is not None:
+        _check_directory("base_model", base)
     method = content["merge_method"]
     common = {"dtype": _dtype(content)}
     if method == "slerp":
@@ -80,13 +82,22 @@ def _models(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for source in listed:
             _check_whole(source["model"], source["layer_range"])
         content["parameters"] = {**content["parameters"], **(slices[0].get("parameters") or {})}
-    models = {str(m["model"]): m.get("parameters") or {} for m in listed}
+    for each in listed:
+        _check_directory("model", each["model"])
+    models = {m["model"]: m.get("parameters") or {} for m in listed}
     if len(models) < len(listed):
         raise ValueError("each model must be listed once")
-    for name in models:
+    for name, own in models.items():
+        if not isinstance(own, dict):
+            raise ValueError(f"parameters of {name} must be a mapping; got {own!r}")
         if "+" in Path(name).name:
             raise ValueError(f"{name}: merge the adapter into its model first")
     return models
+
+
+def _check_directory(key: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be a directory, as text; got {value!r}")
 
 
 def _check_whole(model: str, layers: list[int]) -> None:
@@ -131,6 +142,14 @@ def _linear(
     models: dict[str, dict[str, Any]], base: str | None, content: dict[str, Any]
 ) -> dict[str, Any]:
     """sum w_m theta_m / sum w is theta_0 + eta * mean(theta_m - theta_0) if all w but w_0 agree."""
+    if base is not None and base not in models and "models" in content:
+        if "weight" not in content["parameters"]:
+            raise ValueError(
+                f"base_model {base} must be listed under models, with a weight of its own (0: no "
+                "part in the mean); one that is not listed gets the weight under parameters in "
+                "mergekit, and there is none"
+            )
+        models = {**models, base: {}}  # as mergekit adds it
     weights = {model: _weight(model, own, content) for model, own in models.items()}
     total = sum(weights.values())
     if content["parameters"].get("normalize", True) is not True and abs(total - 1) > 1e-9:
