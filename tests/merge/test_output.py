@@ -193,9 +193,11 @@ def test_dry_run_says_that_a_head_is_tied_where_it_is(
 def test_integer_buffers_come_from_init(checkpoints: Any) -> None:
     paths = []
     for i in range(3):
-        weights = {"w": torch.randn(5), "ids": torch.arange(3) + i, "mask": torch.tensor([i == 0])}
+        weights = {"w": torch.randn(5), "ids": torch.arange(3), "mask": torch.tensor([True])}
+        weights["none"] = torch.zeros(0, dtype=torch.int32)
         paths.append(checkpoints.save(str(i), weights))
-    merge_checkpoints(paths[0], paths[1:], checkpoints.root / "out", progress=False)
+    report = merge_checkpoints(paths[0], paths[1:], checkpoints.root / "out", progress=False)
+    assert sorted(report.copied) == report.to_dict()["copied"] == ["ids", "mask", "none"]
     merged = checkpoints.load(checkpoints.root / "out")
     assert torch.equal(merged["ids"], torch.arange(3))
     assert merged["mask"].tolist() == [True]

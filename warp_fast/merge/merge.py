@@ -15,7 +15,7 @@ import torch
 from warp_fast._backend import resolve
 from warp_fast._solve import warn_linear
 from warp_fast.merge.carry import carry_over
-from warp_fast.merge.checkpoint import Checkpoint, CheckpointError
+from warp_fast.merge.checkpoint import Checkpoint, CheckpointError, Entry
 from warp_fast.merge.mapped import MappedFiles
 from warp_fast.merge.plan import MergePlan, plan_merge
 from warp_fast.merge.progress import byte_progress
@@ -23,7 +23,7 @@ from warp_fast.merge.report import MergeReport, write_report
 from warp_fast.merge.stream import Merger, Solution
 from warp_fast.merge.write import Writer, staged, sync
 
-_COMPARED = 1 << 22  # elements of a tied head that are compared at a time
+_COMPARED = 1 << 22  # elements of two tensors that are compared at a time
 
 
 def merge_checkpoints(
@@ -61,9 +61,10 @@ def merge_checkpoints(
 
     Raises:
         CheckpointError (a ValueError): an input is unreadable, does not match init, or holds NaN or
-            inf. ValueError: an argument is out of range. OSError: the output exists, or the disk is
-            full. In every case nothing is left behind; nor where a filter makes an error of the
-            warning that segments were merged linearly.
+            inf; or integers, which are copied and not merged, differ. ValueError: an argument is
+            out of range. OSError: the output exists, or the disk is full. In every case nothing is
+            left behind; nor where a filter makes an error of the warning that segments were merged
+            linearly.
 
     Traffic: reads M + 1 checkpoints (SLERP again from the page cache, as far as they fit in it) and
         writes one per eta, in bounded memory.
@@ -80,6 +81,7 @@ def merge_checkpoints(
     _check_installed(progress)
     files = MappedFiles(plan.inputs)
     _check_tied(plan, files)
+    _check_copied(plan, files)
     with staged(plan.output) as aside, ThreadPoolExecutor(1) as disk:
         directories = [aside / o.relative_to(plan.output) for o in plan.outputs]
         solution = _write_weights(plan, files, directories, progress, served)
@@ -106,19 +108,38 @@ def _check_tied(plan: MergePlan, files: MappedFiles) -> None:
     for checkpoint in plan.inputs:
         for head in set(plan.tied) & checkpoint.entries.keys():
             embedding = _embedding(checkpoint, head)
-            ours, theirs = checkpoint.entries[embedding], checkpoint.entries[head]
-            same = ours.shape == theirs.shape and ours.dtype == theirs.dtype
-            for at in range(0, ours.numel if same else 0, _COMPARED):
-                stop = min(at + _COMPARED, ours.numel)
-                same = same and torch.equal(
-                    files.view(ours, at, stop), files.view(theirs, at, stop)
-                )
-                files.release()
-            if not same:
+            if not _same(files, checkpoint.entries[embedding], checkpoint.entries[head]):
                 raise CheckpointError(
                     f"{checkpoint}: {head} differs from {embedding}, but init ties them; it would "
                     "be lost. Set tie_word_embeddings to false and store the head in init as well"
                 )
+
+
+def _check_copied(plan: MergePlan, files: MappedFiles) -> None:
+    """What is copied from init must be the same in all inputs: quantised weights are not."""
+    for name in plan.copied:
+        for policy in plan.policies:
+            ours, theirs = plan.init.entries[name], policy.entries[name]
+            if not _same(files, ours, theirs):
+                raise CheckpointError(
+                    f"{policy}: {name} ({theirs.dtype}) differs from that of init ({ours.dtype}); "
+                    "only floating point is merged. If these are quantised weights, merge the "
+                    "full-precision ones; if not, store that of init in every policy"
+                )
+
+
+def _same(files: MappedFiles, ours: Entry, theirs: Entry) -> bool:
+    """Whether two tensors are equal, bit by bit."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    for at in range(0, ours.numel, _COMPARED):
+        stop = min(at + _COMPARED, ours.numel)
+        a, b = (files.view(entry, at, stop).view(torch.uint8) for entry in (ours, theirs))
+        same = torch.equal(a, b)
+        files.release()
+        if not same:
+            return False
+    return True
 
 
 def _embedding(checkpoint: Checkpoint, head: str) -> str:
@@ -165,6 +186,7 @@ def _report(plan: MergePlan, solution: Solution | None) -> MergeReport:
         segments=names,
         gram=gram,
         coefficients=coefficients,
+        copied=plan.copied,
         degenerate=degenerate,
         outputs=plan.outputs,
         bytes_read=plan.bytes_read,

@@ -32,7 +32,7 @@ class MergePlan:
 
     Attributes:
         segments: names of the float tensors that share an angle, by the name of the segment.
-        copied: tensors that are not floating point; they come from init.
+        copied: tensors that are not floating point; they come from init, and must not differ.
         tied: heads that are the embedding by the config; they are neither read nor written.
         carried: files and directories of init that are copied beside the weights.
         outputs: one directory per eta.
@@ -65,8 +65,8 @@ class MergePlan:
     def bytes_read(self) -> int:
         """Bytes of the tensors that are needed; SLERP goes over them twice, mostly in cache."""
         merged = [name for group in self.segments.values() for name in group]
-        copied = sum(self.init.entries[name].nbytes for name in self.copied)
-        return copied + sum(c.entries[name].nbytes for c in self.inputs for name in merged)
+        needed = [*self.copied, *merged]
+        return sum(c.entries[name].nbytes for c in self.inputs for name in needed)
 
     @property
     def bytes_written(self) -> int:

@@ -30,6 +30,7 @@ class MergeReport(TaskVectors):
         gram: [S, M, M] fp64, inner products of the task vectors; NaN after a dry run.
         coefficients: [S, M] fp64, on the task vectors, before eta; NaN after a dry run.
         method, granularity, etas, dtype, init, policies: what was asked for.
+        copied: tensors that are not floating point, the same in all inputs.
         degenerate: segments that SLERP merged linearly, their task vectors being zero, parallel or
             antiparallel.
         outputs: one checkpoint directory per eta.
@@ -42,6 +43,7 @@ class MergeReport(TaskVectors):
     dtype: str | None
     init: Path
     policies: list[Path]
+    copied: list[str]
     degenerate: list[str]
     outputs: list[Path]
     bytes_read: int
@@ -75,6 +77,7 @@ class MergeReport(TaskVectors):
             "outputs": [str(output) for output in self.outputs],
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            "copied": self.copied,
             "degenerate_segments": self.degenerate,
             "segments": self._segment_dicts(),
         }
