@@ -62,9 +62,9 @@ def merge_checkpoints(
     Raises:
         CheckpointError (a ValueError): an input is unreadable, does not match init, or holds NaN or
             inf; or integers, which are copied and not merged, differ. ValueError: an argument is
-            out of range. OSError: the output exists, or the disk is full. In every case nothing is
-            left behind; nor where a filter makes an error of the warning that segments were merged
-            linearly.
+            out of range. OSError: the output exists, the disk is full, or there are more files than
+            may be open. In every case nothing is left behind; nor where a filter makes an error of
+            the warning that segments were merged linearly.
 
     Traffic: reads M + 1 checkpoints (SLERP again from the page cache, as far as they fit in it) and
         writes one per eta, in bounded memory.

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import re
+import resource
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from warp_fast.merge.write import aside_of
 METHODS = ("slerp", "lerp")
 GRANULARITIES = ("tensor", "block", "model")
 OUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SPARE = 64  # files that a merge opens beside weights: locks, tokenizers, fonts
 _BLOCK = re.compile(r"^(?:.*?\.)?(?:layers?|blocks?|h)\.\d+(?=\.)")
 
 
@@ -123,7 +125,8 @@ def plan_merge(
 
     Raises:
         ValueError: an argument is out of its range. CheckpointError: an input cannot be read, or
-            does not match init. OSError: the output exists, or does not fit on the disk.
+            does not match init. OSError: the output exists, or does not fit on the disk, or there
+            are more files than this process may open.
     """
     policies = _listed(policies)
     etas = _checked(method, granularity, eta, dtype)
@@ -154,6 +157,7 @@ def plan_merge(
         files=output_files(shapes),
     )
     _check_output(plan)
+    _allow_open_files(plan)
     return plan
 
 
@@ -221,3 +225,21 @@ def _check_output(plan: MergePlan) -> None:
             f"the merge needs {plan.bytes_written / 1e9:.3f} GB, {free / 1e9:.3f} GB are free",
             str(parent),
         )
+
+
+def _allow_open_files(plan: MergePlan) -> None:
+    """All files of weights are open at once; a limit that is lower is raised, as far as may be."""
+    read = len({entry.file for checkpoint in plan.inputs for entry in checkpoint.entries.values()})
+    written = len(plan.outputs) * len(plan.files)
+    others = len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
+    needed = read + written + others + _SPARE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != hard < needed:
+        raise OSError(
+            errno.EMFILE,
+            f"the merge opens {read} files to read and {written} to write, and needs a limit of "
+            f"{needed} open files; it is {hard} at most. Raise it (ulimit -Hn), give one eta at a "
+            "time, or save the inputs in fewer shards",
+        )
+    if resource.RLIM_INFINITY != soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
