@@ -326,6 +326,13 @@ def test_report(checkpoints: Any, family: Any, runs: int) -> None:
     assert "| model.layers.10 |" in card
 
 
+def test_a_dollar_in_a_name_is_no_formula(checkpoints: Any) -> None:
+    names = [r"a$\frac$.x", r"a$\frac$.$\frac$"]
+    paths = [checkpoints.save(str(m), {n: torch.randn(4) for n in names}) for m in range(3)]
+    report = merge_checkpoints(paths[0], paths[1:], checkpoints.root / "out", progress=False)
+    assert sorted(report.segments) == sorted(names)
+
+
 def test_undefined_angles_are_left_out_of_the_report(checkpoints: Any) -> None:
     init = checkpoints.save("init", {"w": torch.ones(4)})
     moved = checkpoints.save("moved", {"w": torch.ones(4) + torch.tensor([1.0, 0, 0, 0])})

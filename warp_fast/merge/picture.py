@@ -88,9 +88,11 @@ def _label_segments(axis: Any, segments: list[str]) -> None:
     prefix = _common_prefix([s for s in segments if "." in s])
     labels = [re.sub(r"\.weight$", "", s.removeprefix(prefix)) for s in segments]
     step = -(-len(labels) // _MAX_LABELS)
-    axis.set_xticks(range(0, len(labels), step), labels[::step], rotation=90, fontsize=8)
+    places = range(0, len(labels), step)
+    # a name may hold $, which is no formula
+    axis.set_xticks(places, labels[::step], rotation=90, fontsize=8, parse_math=False)
     axis.margins(x=0.02)
-    axis.set_xlabel(f"segment of {prefix[:-1]}" if prefix else "segment")
+    axis.set_xlabel(f"segment of {prefix[:-1]}" if prefix else "segment", parse_math=False)
 
 
 def _common_prefix(names: list[str]) -> str:
