@@ -266,6 +266,18 @@ def test_a_mount_point_is_refused_before_the_merge(
         merge_checkpoints(saved[0], [saved[1]], output, progress=False)
 
 
+def test_the_current_directory_is_not_replaced(
+    saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = saved[0].parent / "out"
+    output.mkdir()
+    monkeypatch.chdir(output)
+    for place in (".", output):
+        with pytest.raises(ValueError, match=r"is the current directory.* such as .*merged"):
+            merge_checkpoints(saved[0], [saved[1]], place, progress=False)
+    assert output.samefile(".")
+
+
 def test_an_input_where_the_output_is_written_aside_is_kept(saved: tuple[Path, Path]) -> None:
     init, policy = saved
     aside = policy.rename(policy.parent / ".out.partial")

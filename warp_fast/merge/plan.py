@@ -217,6 +217,11 @@ def _check_output(plan: MergePlan) -> None:
             f"output {output} is a mount point, which nothing can be renamed to; "
             f"give a directory in it, such as {output / 'merged'}"
         )
+    if output.exists() and output.samefile(os.curdir):
+        raise ValueError(
+            f"output {output} is the current directory, which a merge would replace; "
+            f"give a directory in it, such as {output / 'merged'}"
+        )
     parent = next(p for p in final.parents if p.is_dir())
     free = shutil.disk_usage(parent).free
     if plan.bytes_written > free:
