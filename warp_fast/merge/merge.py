@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -175,7 +176,8 @@ def _report(plan: MergePlan, solution: Solution | None) -> MergeReport:
         place = {name: s for s, name in enumerate(plan.segments)}
         order = [place[name] for name in names]
         gram, coefficients = solution.gram[order], solution.coefficients[order]
-        degenerate = [name for name in names if solution.degenerate[place[name]]]
+        linear = solution.degenerate[order].tolist()
+        degenerate = list(itertools.compress(names, linear))
     return MergeReport(
         method=plan.method,
         granularity=plan.granularity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,20 +84,28 @@ class MergeReport(TaskVectors):
         }
 
     def _segment_dicts(self) -> list[dict[str, Any]]:
-        angles, norms, ratios = self.angles, self.norms, self.norm_ratios
-        merged = self.merged_norms
+        # as lists at once: a look into a tensor takes as long as a whole row of these
+        rows = zip(
+            self.segments,
+            self.angles.tolist(),
+            self.norms.tolist(),
+            self.norm_ratios.tolist(),
+            self.coefficients.tolist(),
+            self.merged_norms.tolist(),
+            strict=True,
+        )
         result = []
-        for s, name in enumerate(self.segments):
-            defined = [(i, j) for i, j in self.pairs if angles[s, i, j].isfinite()]
+        for name, angles, norms, ratios, coefficients, merged in rows:
+            defined = [(i, j) for i, j in self.pairs if math.isfinite(angles[i][j])]
             result.append(
                 {
                     "name": name,
                     "pairs": [[i + 1, j + 1] for i, j in defined],
-                    "angles": [float(angles[s, i, j]) for i, j in defined],
-                    "norms": _finite(norms[s]),
-                    "norm_ratios": _finite(ratios[s]),
-                    "coefficients": _finite(self.coefficients[s]),
-                    "merged_norm": _finite(merged[s : s + 1])[0],
+                    "angles": [angles[i][j] for i, j in defined],
+                    "norms": _finite(norms),
+                    "norm_ratios": _finite(ratios),
+                    "coefficients": _finite(coefficients),
+                    "merged_norm": _finite([merged])[0],
                 }
             )
         return result
@@ -111,8 +120,8 @@ class MergeReport(TaskVectors):
         return shlex.join([*words, "--output", "DIR"])
 
 
-def _finite(values: Tensor) -> list[float | None]:
-    return [float(v) if v.isfinite() else None for v in values]
+def _finite(values: list[float]) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in values]
 
 
 def write_report(report: MergeReport, directories: Sequence[Path]) -> None:
