@@ -27,6 +27,13 @@ def tied_heads(init: Checkpoint, policies: list[Checkpoint]) -> set[str]:
     return heads if embedded and heads.isdisjoint(init.entries) else set()
 
 
+def embedding_of(checkpoint: Checkpoint, head: str) -> str:
+    """The input embedding nearest to a head by name."""
+    found = [name for name in checkpoint.entries if name.endswith(_EMBEDDING)]
+    root = head.removesuffix(_HEAD)
+    return min(found, key=lambda name: (not name.startswith(root), len(name)))
+
+
 def check_match(init: Checkpoint, policy: Checkpoint, names: list[str], tied: set[str]) -> None:
     """A policy must have the tensors of init; a head that init ties may be there or not."""
     expected, found = set(names), policy.entries.keys() - tied

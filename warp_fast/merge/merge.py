@@ -16,8 +16,9 @@ import torch
 from warp_fast._backend import resolve
 from warp_fast._solve import warn_linear
 from warp_fast.merge.carry import carry_over
-from warp_fast.merge.checkpoint import Checkpoint, CheckpointError, Entry
+from warp_fast.merge.checkpoint import CheckpointError, Entry
 from warp_fast.merge.mapped import MappedFiles
+from warp_fast.merge.match import embedding_of
 from warp_fast.merge.plan import MergePlan, plan_merge
 from warp_fast.merge.progress import byte_progress
 from warp_fast.merge.report import MergeReport, write_report
@@ -108,7 +109,7 @@ def _check_tied(plan: MergePlan, files: MappedFiles) -> None:
     """A stored head that counts as tied must be the embedding; a trained one is not dropped."""
     for checkpoint in plan.inputs:
         for head in set(plan.tied) & checkpoint.entries.keys():
-            embedding = _embedding(checkpoint, head)
+            embedding = embedding_of(checkpoint, head)
             if not _same(files, checkpoint.entries[embedding], checkpoint.entries[head]):
                 raise CheckpointError(
                     f"{checkpoint}: {head} differs from {embedding}, but init ties them; it would "
@@ -141,13 +142,6 @@ def _same(files: MappedFiles, ours: Entry, theirs: Entry) -> bool:
         if not same:
             return False
     return True
-
-
-def _embedding(checkpoint: Checkpoint, head: str) -> str:
-    """The input embedding nearest to a head by name."""
-    found = [name for name in checkpoint.entries if name.endswith("embed_tokens.weight")]
-    root = head.removesuffix("lm_head.weight")
-    return min(found, key=lambda name: (not name.startswith(root), len(name)))
 
 
 def _write_weights(

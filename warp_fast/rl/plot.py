@@ -113,7 +113,7 @@ def plot_angles(path: Path, reports: Sequence[Mapping[str, Any]]) -> None:
     axis = figure.subplots()
     bins = list(range(0, 181, 5))
     for i, report in enumerate(reports, 1):
-        angles = [a for segment in report["segments"] for a in segment["angles"] if a == a]
+        angles = [a for segment in report["segments"] for a in segment["angles"]]
         axis.hist(angles, bins=bins, alpha=0.6, label=f"iteration {i}")
     axis.axvline(90, color="black", linewidth=0.8, linestyle=":")
     axis.set_xlabel("angle between the task vectors of two runs, degrees (dotted: orthogonal)")

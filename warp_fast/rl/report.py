@@ -60,7 +60,7 @@ def _front_rows(points: Sequence[FrontPoint]) -> str:
 def _angle_rows(merges: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| iteration | smallest angle | median | largest |", "|---|---|---|---|"]
     for i, merge in enumerate(merges, 1):
-        angles = [a for segment in merge["segments"] for a in segment["angles"] if a == a]
+        angles = [a for segment in merge["segments"] for a in segment["angles"]]
         if angles:
             lines.append(f"| {i} | {min(angles):.1f} | {median(angles):.1f} | {max(angles):.1f} |")
     return "\n".join(lines) + "\n"
