@@ -117,7 +117,7 @@ def plot_angles(path: Path, reports: Sequence[Mapping[str, Any]]) -> None:
         axis.hist(angles, bins=bins, alpha=0.6, label=f"iteration {i}")
     axis.axvline(90, color="black", linewidth=0.8, linestyle=":")
     axis.set_xlabel("angle between the task vectors of two runs, degrees (dotted: orthogonal)")
-    axis.set_ylabel("segments")
+    axis.set_ylabel("pairs of runs, over all segments")
     axis.set_xlim(0, 180)
     axis.legend()
     figure.suptitle("Angles between runs")
