@@ -81,6 +81,17 @@ def test_reward_model_scores_prompt_and_completion(tmp_path: Path) -> None:
     assert chat == pytest.approx(values[:1], abs=1e-6)
 
 
+def test_reward_model_without_its_head_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    reward_model(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    del held["score.weight"]
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"reward model .* lacks score\.weight"):
+        load_reward(str(tmp_path), CPU)
+
+
 def test_reward_model_sees_the_end_of_what_is_too_long(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

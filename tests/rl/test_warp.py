@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,6 @@ def test_refuses_two_processes_in_one_output(make_config: MakeConfig, tmp_path: 
 def test_refuses_a_tokenizer_without_pad_token(
     make_config: MakeConfig, checkpoint: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     directory = tmp_path / "unpadded"
     shutil.copytree(checkpoint, directory)
     settings = json.loads((directory / "tokenizer_config.json").read_text())
@@ -190,8 +189,6 @@ def test_refuses_a_tokenizer_without_pad_token(
 def test_refuses_a_corrupt_checkpoint(
     make_config: MakeConfig, checkpoint: Path, tmp_path: Path, damage: str
 ) -> None:
-    import shutil
-
     directory = tmp_path / "corrupt"
     shutil.copytree(checkpoint, directory)
     file = directory / "model.safetensors"
@@ -201,6 +198,29 @@ def test_refuses_a_corrupt_checkpoint(
         file.unlink()
     with pytest.raises(ValueError, match="corrupt"):
         warp(make_config(policy=str(directory)), progress=False)
+
+
+@pytest.mark.parametrize("saved", ["prefixed", "headless"])
+def test_refuses_weights_that_the_checkpoint_lacks(
+    checkpoint: Path, tmp_path: Path, saved: str
+) -> None:
+    """They would be drawn at random."""
+    from safetensors.torch import load_file, save_file
+
+    directory = tmp_path / saved
+    shutil.copytree(checkpoint, directory)
+    held = load_file(directory / "model.safetensors")
+    if saved == "prefixed":
+        held = {f"module.{name}": weight for name, weight in held.items()}
+        message = r"lacks .*embed_tokens.*, has unknown module\.model"
+    else:
+        settings = json.loads((directory / "config.json").read_text())
+        settings["tie_word_embeddings"] = False
+        (directory / "config.json").write_text(json.dumps(settings))
+        message = r"every weight of Gemma2ForCausalLM; it lacks lm_head\.weight"
+    save_file(held, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load_model(str(directory), "eager")
 
 
 def test_refuses_an_unknown_policy(make_config: MakeConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warp_fast._solve import first_of
 from warp_fast.loss import linear_token_logprobs
 from warp_fast.rl.attention import choose_attention
 from warp_fast.rl.config import WarpConfig
@@ -102,8 +103,8 @@ def load_model(source: str, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=attention
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -113,6 +114,24 @@ def load_model(source: str, attention: str) -> Any:
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"policy {source!r} holds a corrupt checkpoint: {error}") from error
+    check_loaded(f"policy {source!r}", model, info)
+    return model
+
+
+def check_loaded(what: str, model: Any, info: dict[str, Any]) -> None:
+    """Every weight must come from the checkpoint: transformers draws those that it lacks."""
+    missing, mismatched, unexpected = (
+        sorted(map(str, info.get(f"{kind}_keys") or ()))
+        for kind in ("missing", "mismatched", "unexpected")
+    )
+    # what is unexpected alone is another part of the model, such as its vision tower
+    if missing or mismatched:
+        kinds = {"lacks": missing, "mismatches": mismatched, "has unknown": unexpected}
+        faults = [f"{kind} {first_of(names)}" for kind, names in kinds.items() if names]
+        raise ValueError(
+            f"{what} must hold every weight of {type(model).__name__}; it {', '.join(faults)}: "
+            "save the whole model with save_pretrained"
+        )
 
 
 def load_policy(config: WarpConfig) -> Policy:

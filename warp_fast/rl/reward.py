@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from warp_fast.rl.files import append_json_lines
+from warp_fast.rl.policy import check_loaded
 from warp_fast.rl.prompts import Prompt, derive_seed
 
 Reward = Callable[..., Sequence[float]]
@@ -81,7 +82,9 @@ def _load_classifier(spec: str, device: torch.device) -> Reward:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec)
-        model = AutoModelForSequenceClassification.from_pretrained(spec).to(device).eval()
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            spec, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"reward must be 'module:function' or a sequence-classification model; {spec!r} could "
@@ -91,7 +94,8 @@ def _load_classifier(spec: str, device: torch.device) -> Reward:
         raise ValueError(
             f"a reward model must have one label; {spec} has {model.config.num_labels}"
         )
-
+    check_loaded(f"reward model {spec!r}", model, info)
+    model = model.to(device).eval()
     tokenizer.truncation_side = "left"  # a completion is judged by its end
     longest = _context_of(model, tokenizer)
 
