@@ -116,8 +116,9 @@ def test_columns_of_the_prompts_reach_the_reward(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("returned", "message", "saved"),
     [
-        ([1.0, math.nan], "must be finite; 1 of 2", 1),
-        ([math.inf, math.inf], "must be finite; 2 of 2", 2),
+        ([1.0, math.nan], "must be finite in float32; 1 of 2", 1),
+        ([math.inf, math.inf], "must be finite in float32; 2 of 2", 2),
+        ([1e300, 0.0], "1 of 2 are not, the first is 1e\\+300", 1),
         ([1.0], r"one number per completion \(2\); got 1", 2),
         (None, "raised TypeError", 2),
         (["a", "b"], "raised ValueError", 2),

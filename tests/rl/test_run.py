@@ -124,6 +124,22 @@ def test_every_kl_trains(make_config: MakeConfig, tmp_path: Path, kl: Any) -> No
     assert all(torch.tensor(m["loss"]).isfinite() for m in metrics)
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run stops, and its weights and last checkpoint are those of the step before."""
+    run, policy = start(make_config(save_every=1), tmp_path)
+    for _ in range(2):
+        run.train_step()
+    run._save()
+    kept, before = (tmp_path / "run" / "state.pt").read_bytes(), weights(policy.model)
+    monkeypatch.setattr("warp_fast.rl.run.advantages", lambda r, *_: torch.full_like(r, torch.inf))
+    with pytest.raises(ValueError, match=r"norm is (nan|inf) at step 3 of .*checkpoint is kept"):
+        run.train()
+    assert (tmp_path / "run" / "state.pt").read_bytes() == kept
+    assert all(torch.equal(w, before[n]) for n, w in weights(policy.model).items())
+
+
 def test_runs_see_prompts_in_different_orders(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     policy = load_policy(config)

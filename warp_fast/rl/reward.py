@@ -131,7 +131,7 @@ def score(
     """Call the reward on a batch and check its answer.
 
     Raises:
-        RewardError: it raised, gave a wrong number of values, or one that is not a finite number;
+        RewardError: it raised, gave a wrong number of values, or one that is not finite in fp32;
             the offending samples are saved to `failures` first.
     """
     samples = [
@@ -156,12 +156,14 @@ def score(
             f"the reward must return one number per completion ({len(completions)}); got "
             f"{len(rewards)}; its batch is in {failures}"
         )
-    bad = [i for i, value in enumerate(rewards) if not math.isfinite(value)]
+    # as they are trained on: 1e300 is finite in fp64 alone
+    single = torch.tensor(rewards, dtype=torch.float32, device="cpu").tolist()
+    bad = [i for i, value in enumerate(single) if not math.isfinite(value)]
     if bad:
         append_json_lines(failures, [{**samples[i], "reward": str(rewards[i])} for i in bad])
         raise RewardError(
-            f"rewards must be finite; {len(bad)} of {len(rewards)} are not, the first is "
-            f"{rewards[bad[0]]} for {completions[bad[0]][:80]!r}; they are in {failures}"
+            f"rewards must be finite in float32; {len(bad)} of {len(rewards)} are not, the first "
+            f"is {rewards[bad[0]]} for {completions[bad[0]][:80]!r}; they are in {failures}"
         )
     return rewards
 

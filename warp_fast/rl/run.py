@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -84,7 +85,11 @@ class Run:
         remove(self.directory / "state.pt")
 
     def train_step(self) -> Metrics:
-        """Rollout, reward, loss, optimizer, anchor."""
+        """Rollout, reward, loss, optimizer, anchor.
+
+        Raises:
+            ValueError: the gradient is not finite; weights and checkpoint are those before it.
+        """
         started = time.perf_counter()
         config = self.config
         seed = derive_seed(config.seed, self.iteration, self.number)
@@ -106,7 +111,13 @@ class Run:
         rate = config.learning_rate * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient must be finite; its norm is {norm} at step {self.step + 1} of "
+                f"{self.directory}, whose last checkpoint is kept: rewards, or the learning rate "
+                f"({config.learning_rate:g}), are too large"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.anchor.update()
@@ -123,7 +134,7 @@ class Run:
             "length": rollout.lengths.float().mean().item(),
             "finished": rollout.finished.float().mean().item(),
             "tokens": int(rollout.lengths.sum()),
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "learning_rate": rate,
             "seconds": time.perf_counter() - started,
         }
