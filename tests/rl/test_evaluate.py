@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 
 from tests.rl import models
 from warp_fast.rl import WarpConfig
+from warp_fast.rl.compare import evaluate_checkpoints
 from warp_fast.rl.evaluate import FrontPoint, read_front, sweep, write_front
 from warp_fast.rl.policy import Policy, head_weight, load_policy
 from warp_fast.rl.rollout import sample
@@ -87,6 +90,29 @@ def test_intervals_cover(make_config: MakeConfig) -> None:
         mean, half = _mean_and_ci(torch.randn(50, generator=generator).tolist())
         covered += abs(mean) <= half
     assert 0.90 <= covered / 400 <= 0.98
+
+
+@pytest.mark.parametrize("other", ["vocabulary", "architecture", "untied", "nothing"])
+def test_refuses_a_checkpoint_of_another_model_before_any_is_evaluated(
+    make_config: MakeConfig,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    other: str,
+) -> None:
+    directory = tmp_path / other
+    if other == "architecture":
+        models.save(directory, "gemma")
+    elif other == "nothing":
+        directory.mkdir()
+    else:
+        shutil.copytree(checkpoint, directory)
+        settings = json.loads((directory / "config.json").read_text())
+        settings |= {"vocab_size": 99} if other == "vocabulary" else {"tie_word_embeddings": False}
+        (directory / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("warp_fast.rl.compare.sweep", None)
+    with pytest.raises(ValueError, match=f"policy .*{other} must (have the arch|be a causal LM)"):
+        evaluate_checkpoints(make_config(), [checkpoint, directory], progress=False)
 
 
 def test_front_file_round_trip(tmp_path: Path) -> None:

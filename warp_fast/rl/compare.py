@@ -28,6 +28,8 @@ def evaluate_checkpoints(
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     policy = load_policy(config)
+    for checkpoint in policies:
+        policy.check_same_model(checkpoint)
     _, evaluator = prepare(config, policy)
     points: list[FrontPoint] = []
     with Display(config, enabled=progress) as display:

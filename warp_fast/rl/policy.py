@@ -91,6 +91,32 @@ class Policy:
         """Take over the weights of a directory written by `save` or by a merge."""
         self.model.load_state_dict(load_model(str(directory), "eager").state_dict())
 
+    def check_same_model(self, directory: Path) -> None:
+        """Raise ValueError where a directory has the config of another model; reads no data."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        maker: Any = AutoModelForCausalLM
+        try:
+            config = AutoConfig.from_pretrained(directory)
+            with torch.device("meta"):
+                other = maker.from_config(config)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"policy {directory} must be a causal LM; it is not: {error}"
+            ) from error
+        ours, theirs = _shapes(self.model), _shapes(other)
+        if odd := sorted(n for n in ours | theirs if ours.get(n) != theirs.get(n)):
+            rows = [f"{n} ({theirs.get(n, 'none')}, not {ours.get(n, 'none')})" for n in odd]
+            raise ValueError(
+                f"policy {directory} must have the architecture and vocabulary of the SFT policy; "
+                f"it differs in {first_of(rows)}"
+            )
+
+
+def _shapes(model: Any) -> dict[str, list[int]]:
+    """By parameter; tied ones once."""
+    return {name: list(weight.shape) for name, weight in model.named_parameters()}
+
 
 def head_weight(model: Any) -> Tensor:
     """[V, D] weight of the output head."""
@@ -102,8 +128,9 @@ def load_model(source: str, attention: str) -> Any:
     """A causal LM in fp32 from a directory or hub id; one clear ValueError when it is not there."""
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             source, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
