@@ -73,6 +73,61 @@ def test_refuses_json_without_a_prompt_and_names_the_line(tmp_path: Path, line: 
         read_prompts(str(file), build_tokenizer(), 4)
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    line = "the room" if name == "p.txt" else '{"prompt": "the room"}'
+    file.write_text(line, encoding="utf-8-sig")
+    assert read_prompts(str(file), build_tokenizer(), 4)[0].text == "the room"
+
+
+def test_refuses_another_encoding_and_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("café", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"p\.txt must be UTF-8 text; it is not: .*position 3"):
+        read_prompts(str(file), build_tokenizer(), 4)
+
+
+USER = {"role": "user", "content": "the room"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "must not be empty"),
+        (" ", "must not be empty"),
+        ("good \ud800", "must be a text: .*surrogates not allowed"),
+        ([], "must be objects"),
+        (["the room"], "must be objects"),
+        ([[USER]], "must be objects"),
+        ([USER, {"role": "assistant", "content": "good"}], "must end before the answer"),
+        ([{"role": "system", "content": "x"}, USER], "template takes: System role"),
+        ([{"role": "user"}], "template takes"),
+        ([{"role": "user", "content": None}], "template takes"),
+    ],
+)
+def test_refuses_what_is_no_prompt_and_names_the_line(
+    tmp_path: Path, prompt: object, message: str
+) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ bos_token }}{% for m in messages %}{{ m['content'] + '' }}{% endfor %}"
+    )
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "good"}\n' + json.dumps({"prompt": prompt}))
+    with pytest.raises(ValueError, match=rf"p\.jsonl, line 2.*{message}"):
+        read_prompts(str(file), tokenizer, 8)
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000])
+def test_refuses_json_that_python_cannot_read(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(f'{{"prompt": "good", "x": {value}}}')
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 1 must be a JSON object"):
+        read_prompts(str(file), build_tokenizer(), 8)
+
+
 @pytest.mark.parametrize("name", ["p.json", "p.parquet", "p"])
 def test_refuses_another_format(tmp_path: Path, name: str) -> None:
     """Its text would be trained on, braces and all."""
