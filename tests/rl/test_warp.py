@@ -163,6 +163,16 @@ def test_refuses_an_output_with_other_things(make_config: MakeConfig, tmp_path: 
     ) == {".lock", "thesis.tex"}
 
 
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [\n"])
+def test_refuses_an_output_whose_config_is_none(
+    make_config: MakeConfig, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml must hold the options of a run"):
+        warp(make_config(), progress=False)
+
+
 def test_refuses_two_processes_in_one_output(make_config: MakeConfig, tmp_path: Path) -> None:
     import fcntl
 
@@ -182,6 +192,15 @@ def test_refuses_a_tokenizer_without_pad_token(
     del settings["pad_token"]
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="must have a pad token"):
+        warp(make_config(policy=str(directory)), progress=False)
+
+
+def test_refuses_weights_in_fp64(make_config: MakeConfig, checkpoint: Path, tmp_path: Path) -> None:
+    """The final policy could not be saved in their dtype."""
+    directory = tmp_path / "fp64"
+    shutil.copytree(checkpoint, directory)
+    load_model(str(checkpoint), "eager").double().save_pretrained(directory)
+    with pytest.raises(ValueError, match=r"must be in float32, .* is in torch\.float64"):
         warp(make_config(policy=str(directory)), progress=False)
 
 

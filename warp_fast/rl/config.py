@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from warp_fast.loss import Kl
 
@@ -101,6 +102,13 @@ class WarpConfig:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in _PATHS:
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, os.fspath(path))
+        for name, hint in get_type_hints(WarpConfig).items():
+            if get_origin(hint) is Literal:
+                options, value = get_args(hint), getattr(self, name)
+                _require(value in options, name, f"be one of {', '.join(options)}", repr(value))
         for name in _POSITIVE:
             _require(getattr(self, name) > 0, name, "be positive", getattr(self, name))
         for name in _NOT_NEGATIVE:
@@ -109,6 +117,8 @@ class WarpConfig:
         for name in ("ema_rate", "eta"):
             value = getattr(self, name)
             _require(0 <= value <= 1, name, "be in [0, 1]", value)
+        alike = self.eta != 1 and f"{self.eta:g}" == "1"  # names of the two merges of an iteration
+        _require(not alike, "eta", "be 1 or differ from it in six digits", self.eta)
         for value in [*self.sweep, self.final_eta]:
             _require(0 <= value <= 2, "sweep and final_eta", "be in [0, 2]", value)
         _require(len(self.sweep) > 0, "sweep", "hold at least one eta", self.sweep)
@@ -145,6 +155,7 @@ class WarpConfig:
 
 # what may be another when a run goes on, since nothing depends on it but rounding
 FREE = ("output", "micro_batch_size", "save_every")
+_PATHS = ("policy", "prompts", "reward", "output", "held_out_reward", "eval_prompts")
 _POSITIVE = (
     "iterations",
     "runs",

@@ -165,8 +165,9 @@ def load_policy(config: WarpConfig) -> Policy:
     """Load the policy of a config and check that it can be trained.
 
     Raises:
-        ValueError: no model or tokenizer there, no pad token, an attention that would drop the
-            model's softcap, or a head that is not `softcap(hidden @ weight.T)`.
+        ValueError: no model or tokenizer there, weights of another dtype than can be saved, no pad
+            token, an attention that would drop the model's softcap, or a head that is not
+            `softcap(hidden @ weight.T)`.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -179,6 +180,12 @@ def load_policy(config: WarpConfig) -> Policy:
             f"policy must be a Hugging Face directory or hub id with a tokenizer; {source!r} is "
             f"not: {error}"
         ) from error
+    saved = getattr(settings, "dtype", None) or torch.float32
+    if str(saved).removeprefix("torch.") not in ("float32", "bfloat16", "float16"):
+        raise ValueError(
+            f"policy must be in float32, bfloat16 or float16; {source!r} is in {saved}: save it "
+            "again in one of these (model.float().save_pretrained(NEW))"
+        )
     if tokenizer.pad_token_id is None:
         raise ValueError(
             f"the tokenizer of {source!r} must have a pad token; set one that is in the vocabulary "
@@ -203,7 +210,7 @@ def load_policy(config: WarpConfig) -> Policy:
         eos_ids,
         getattr(model.config.get_text_config(), "final_logit_softcapping", None),
         original,
-        getattr(settings, "dtype", None) or torch.float32,
+        saved,
     )
     _check_head(policy)
     return policy

@@ -91,7 +91,15 @@ def _claim(output: Path, config: WarpConfig) -> None:
             )
         write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
         return
-    theirs, ours = yaml.safe_load(path.read_text(encoding="utf-8")), config.to_dict()
+    ours = config.to_dict()
+    try:
+        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        theirs = None
+    if not isinstance(theirs, dict):
+        raise ValueError(
+            f"{path} must hold the options of a run; it does not: choose another output"
+        )
     changed = [
         f"{key}: {theirs.get(key)} there, {ours.get(key)} now"
         for key in sorted(theirs.keys() | ours.keys())
