@@ -18,6 +18,9 @@ def replaced(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes the name of `path` when all went well.
 
     Works for a file or a directory; what a killed writer left behind is overwritten by the next.
+
+    Raises:
+        OSError: it could not be written; names `path`, whichever library wrote.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
@@ -29,9 +32,16 @@ def replaced(path: Path) -> Iterator[Path]:
             remove(path)
         os.replace(aside, path)
         sync_entries(path.parent)
-    except BaseException:
+    except BaseException as error:
         remove(aside)
-        raise
+        reason = str(error)
+        if "inline_container" in reason:  # torch.save says where it stood, and not why
+            reason = "torch.save failed, as it does where the disk is full"
+        elif (
+            not isinstance(error, OSError) and "(os error " not in reason
+        ):  # safetensors, tokenizers
+            raise
+        raise OSError(f"{path} could not be written: {reason}") from error
 
 
 def remove(path: Path) -> None:

@@ -206,12 +206,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "logs": logs,
         }
-        path = self.directory / "state.pt"
-        try:
-            with replaced(path) as aside:
-                torch.save(state, aside)
-        except RuntimeError as error:
-            raise OSError(f"the checkpoint {path} could not be written: {error}") from error
+        with replaced(self.directory / "state.pt") as aside:
+            torch.save(state, aside)
 
     def _resume(self) -> None:
         path = self.directory / "state.pt"
