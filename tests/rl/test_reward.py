@@ -120,8 +120,10 @@ def test_columns_of_the_prompts_reach_the_reward(tmp_path: Path) -> None:
         ([math.inf, math.inf], "must be finite in float32; 2 of 2", 2),
         ([1e300, 0.0], "1 of 2 are not, the first is 1e\\+300", 1),
         ([1.0], r"one number per completion \(2\); got 1", 2),
-        (None, "raised TypeError", 2),
-        (["a", "b"], "raised ValueError", 2),
+        (None, r"one number per completion \(2\); got None: ", 2),
+        (0.5, r"one number per completion \(2\); got 0\.5: ", 2),
+        ([[1.0], [2.0]], r"one number per completion \(2\); got \[\[1\.0\], \[2\.0\]\]: ", 2),
+        (["a", "b"], r"got \['a', 'b'\]: ValueError: could not convert string to float", 2),
     ],
 )
 def test_bad_rewards_stop_and_save_their_samples(
@@ -132,6 +134,14 @@ def test_bad_rewards_stop_and_save_their_samples(
         score(lambda **_: returned, PROMPTS, ["x", "y"], failures)
     rows = [json.loads(line) for line in failures.open()]
     assert len(rows) == saved and {"prompt", "completion", "answer"} <= rows[0].keys()
+
+
+def test_the_sampled_text_is_saved_beside_a_column_of_its_name(tmp_path: Path) -> None:
+    prompts = [Prompt("a", [1], {"completion": "the reference", "prompt": "another"})]
+    with pytest.raises(RewardError):
+        score(lambda **_: [math.nan], prompts, ["x"], tmp_path / "f")
+    saved = json.loads((tmp_path / "f").read_text())
+    assert saved == {"prompt": "a", "completion": "x", "reward": "nan"}
 
 
 def test_baselines() -> None:

@@ -135,20 +135,28 @@ def score(
             the offending samples are saved to `failures` first.
     """
     samples = [
-        {"prompt": p.text, "completion": c, **p.columns}
+        {**p.columns, "prompt": p.text, "completion": c}
         for p, c in zip(prompts, completions, strict=True)
     ]
     keys = {key for p in prompts for key in p.columns}
     columns = {key: [p.columns.get(key) for p in prompts] for key in sorted(keys)}
     try:
         values = reward(prompts=[p.text for p in prompts], completions=completions, **columns)
-        rewards = [float(value) for value in values]
     except Exception as error:
         append_json_lines(failures, samples)
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(
             f"the reward raised {type(error).__name__}: {error} ({last.filename}, line "
             f"{last.lineno}, in {last.name}); its batch is in {failures}"
+        ) from error
+    try:
+        rewards = [float(value) for value in values]
+    except Exception as error:  # float() of a tensor or of a generator's next raises anything
+        append_json_lines(failures, samples)
+        got = " ".join(repr(values).split())[:80]
+        raise RewardError(
+            f"the reward must return one number per completion ({len(completions)}); got "
+            f"{got}: {type(error).__name__}: {error}; its batch is in {failures}"
         ) from error
     if len(rewards) != len(completions):
         append_json_lines(failures, samples)
