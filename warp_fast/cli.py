@@ -182,7 +182,7 @@ def _explained(message: str, parser: Any) -> str:
     """The parser's message, with the nearest option where one is unknown."""
     known = {option for action in parser._actions for option in action.option_strings}
     names = {option.lstrip("-") for option in known}
-    for word in message.replace("'", " ").replace("=", " ").split():
+    for word in message.replace("'", " ").replace("=", " ").replace(":", " ").split():
         name = word.lstrip("-")
         if word.startswith("--") and word not in known:
             return message + _nearest(name, names, "--")

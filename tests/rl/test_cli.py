@@ -152,6 +152,11 @@ def test_unknown_option_names_the_nearest(failed: Failed, config_file: Path) -> 
     assert "did you mean --learning_rate?" in message
 
 
+def test_an_option_without_its_value_is_not_unknown(failed: Failed, config_file: Path) -> None:
+    message = failed("train", "--config", config_file, "--beta", status=2)
+    assert "--beta" in message and "did you mean" not in message
+
+
 def test_unknown_command_names_the_nearest(failed: Failed) -> None:
     assert "did you mean train?" in failed("trian", status=2)
 
@@ -212,7 +217,9 @@ def test_raising_reward(failed: Failed, config_file: Path, tmp_path: Path) -> No
         ("--eta", "3", "eta must be in [0, 2]"),
         ("--samples", "0", "samples must be positive"),
         ("--policy", "nowhere", "there is none at ['nowhere']"),
+        ("--policy", "", "give at least one policy"),
         ("--output", "a-file", "a-file"),
+        ("--output", "run", "must not be a training run, whose front.csv would be lost"),
     ],
 )
 def test_eval_refuses_before_it_loads_anything(
@@ -227,10 +234,12 @@ def test_eval_refuses_before_it_loads_anything(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a-file").touch()
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").touch()
     monkeypatch.setattr("warp_fast.rl.compare.load_policy", None)
     given: dict[str, Any] = {"--sft": checkpoint, "--policy": checkpoint, "--prompts": prompts}
     given |= {"--reward": "tests.rl.models:early_words", "--output": "out", option: value}
-    words = [word for pair in given.items() for word in pair]
+    words = [word for pair in given.items() for word in pair if word != ""]
     assert message in " ".join(failed("eval", *words).split())
 
 

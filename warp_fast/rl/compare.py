@@ -20,12 +20,18 @@ def evaluate_checkpoints(
     front.csv grows with each checkpoint.
 
     Raises:
-        ValueError: a checkpoint is missing or not of the architecture of SFT. OSError: the output
-            cannot be a directory.
+        ValueError: no checkpoint is given, one is missing or not of the architecture of SFT, or the
+            output is a training run. OSError: the output cannot be a directory.
     """
+    if not policies:
+        raise ValueError("give at least one policy, a checkpoint directory")
     if missing := [str(checkpoint) for checkpoint in policies if not checkpoint.is_dir()]:
         raise ValueError(f"policy must be checkpoint directories; there is none at {missing}")
     output = Path(config.output)
+    if (output / "config.yaml").is_file() and (output / "sft").is_dir():
+        raise ValueError(
+            f"output must not be a training run, whose front.csv would be lost; got {output}"
+        )
     output.mkdir(parents=True, exist_ok=True)
     policy = load_policy(config)
     for checkpoint in policies:
