@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from warp_fast.loss import linear_warp_loss
 from warp_fast.rl.config import WarpConfig
 from warp_fast.rl.files import replaced
-from warp_fast.rl.policy import Policy, head_weight
+from warp_fast.rl.policy import Policy
 from warp_fast.rl.prompts import Prompt, derive_seed
 from warp_fast.rl.reward import Reward, score
-from warp_fast.rl.rollout import Rollout, sample
+from warp_fast.rl.rollout import Rollout, rollout_loss, sample
 from warp_fast.slerp import lerp
 
 _Z95 = 1.96  # half-width of a 95 % normal interval, in standard errors
@@ -106,19 +105,9 @@ class Evaluator:
 
     @torch.no_grad()
     def _kl(self, rollout: Rollout) -> list[float]:
-        policy = self.policy
-        context = (rollout.tokens, rollout.attention_mask, rollout.mask.shape[1])
-        result = linear_warp_loss(
-            policy.hidden(policy.model, *context),
-            head_weight(policy.model),
-            rollout.completion_ids,
-            torch.zeros(len(rollout.prompts), device=policy.device),
-            anchor_hidden=policy.hidden(self.sft, *context),
-            anchor_weight=head_weight(self.sft),
-            mask=rollout.mask,
-            kl="reverse",
-            temperature=self.config.temperature,
-            softcap=policy.softcap,
+        advantages = torch.zeros(len(rollout.prompts), device=self.policy.device)
+        result = rollout_loss(
+            self.policy, self.sft, rollout, advantages, self.config.temperature, kl="reverse"
         )
         values: list[float] = result.kl.sum(1).tolist()
         return values

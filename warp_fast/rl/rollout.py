@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from warp_fast.rl.policy import Policy
+from warp_fast.loss import WarpLoss, linear_warp_loss
+from warp_fast.rl.policy import Policy, head_weight
 from warp_fast.rl.prompts import Prompt
 
 
@@ -83,3 +85,29 @@ def sample(
         skip_special_tokens=True,
     )
     return Rollout(prompts, completions, tokens, attention_mask, mask, ends.any(1))
+
+
+def rollout_loss(
+    policy: Policy,
+    anchor: Any,
+    rollout: Rollout,
+    advantages: Tensor,
+    temperature: float,
+    **options: Any,
+) -> WarpLoss:
+    """`linear_warp_loss` of sampled completions; anchor: a module of the policy's architecture."""
+    given = (rollout.tokens, rollout.attention_mask, rollout.mask.shape[1])
+    with torch.no_grad():
+        anchor_hidden = policy.hidden(anchor, *given)
+    return linear_warp_loss(
+        policy.hidden(policy.model, *given),
+        head_weight(policy.model),
+        rollout.completion_ids,
+        advantages,
+        anchor_hidden=anchor_hidden,
+        anchor_weight=head_weight(anchor),
+        mask=rollout.mask,
+        temperature=temperature,
+        softcap=policy.softcap,
+        **options,
+    )

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from warp_fast.anchor import EMAAnchor
-from warp_fast.loss import linear_warp_loss
 from warp_fast.rl.config import WarpConfig
 from warp_fast.rl.files import append_json_lines, remove, replaced
-from warp_fast.rl.policy import Policy, head_weight
+from warp_fast.rl.policy import Policy
 from warp_fast.rl.prompts import derive_seed, prompt_batch
 from warp_fast.rl.reward import advantages, score
-from warp_fast.rl.rollout import Rollout, sample
+from warp_fast.rl.rollout import Rollout, rollout_loss, sample
 from warp_fast.rl.task import Task
 
 Metrics = dict[str, Any]
@@ -146,26 +145,19 @@ class Run:
 
     def _accumulate(self, rollout: Rollout, gains: Tensor) -> Metrics:
         """Add the gradient of the loss over the batch, in micro-batches; exact for any size."""
-        config, policy = self.config, self.policy
+        config = self.config
         size = config.micro_batch_size or config.batch_size
         loss = kl = entropy = 0.0
         for start in range(0, config.batch_size, size):
             part = rollout.rows(slice(start, start + size))
-            context = (part.tokens, part.attention_mask, part.mask.shape[1])
-            with torch.no_grad():
-                anchor_hidden = policy.hidden(self.anchor.module, *context)
-            result = linear_warp_loss(
-                policy.hidden(policy.model, *context),
-                head_weight(policy.model),
-                part.completion_ids,
+            result = rollout_loss(
+                self.policy,
+                self.anchor.module,
+                part,
                 gains[start : start + size],
-                anchor_hidden=anchor_hidden,
-                anchor_weight=head_weight(self.anchor.module),
-                mask=part.mask,
+                config.temperature,
                 beta=config.beta,
                 kl=config.kl,
-                temperature=config.temperature,
-                softcap=policy.softcap,
                 normalizer=float(config.batch_size),
                 return_entropy=True,
             )
