@@ -7,6 +7,7 @@ import fcntl
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,12 @@ def warp(config: WarpConfig, *, progress: bool = True) -> Path:
             policy.save(sft)
         points: list[FrontPoint] = []
         start = sft
+        stages = _Stages(config, policy, task, evaluator, display)
         for i in range(1, config.iterations + 1):
             for m in range(1, config.runs + 1):
-                _train(config, policy, task, evaluator, start, i, m, display)
-            target, start = _merge(config, start, i, display)
-            points += _front(config, policy, evaluator, target, i, display)
+                stages.train(start, i, m)
+            target, start = stages.merge(start, i)
+            points += stages.front(target, i)
         _finish(config, policy, points, target)
         display.finished(points, f"front, pictures, report and policy are in {output}")
     return output
@@ -112,28 +114,64 @@ def _claim(output: Path, config: WarpConfig) -> None:
         )
 
 
-def _train(
-    config: WarpConfig,
-    policy: Policy,
-    task: Task,
-    evaluator: Evaluator,
-    start: Path,
-    iteration: int,
-    number: int,
-    display: Display,
-) -> None:
-    directory = Path(config.output) / f"iteration-{iteration}" / f"run-{number}"
-    if not (directory / "policy").exists():
-        policy.load_weights(start)
-        run = Run(config, policy, task, directory, iteration, number)
+@dataclass
+class _Stages:
+    """The stages of an iteration; one whose result is on the disk is not done again."""
 
-        def evaluate() -> Metrics:
-            return {f"eval_{k}": v for k, v in vars(evaluator()).items()}
+    config: WarpConfig
+    policy: Policy
+    task: Task
+    evaluator: Evaluator
+    display: Display
 
-        with display.run(run) as on_step:
-            run.train(on_step, evaluate)
-    remove(directory / "state.pt")
-    _gather_metrics(Path(config.output))
+    def directory(self, iteration: int) -> Path:
+        return Path(self.config.output) / f"iteration-{iteration}"
+
+    def train(self, start: Path, iteration: int, number: int) -> None:
+        """One of the M runs, from the policy in `start`."""
+        directory = self.directory(iteration) / f"run-{number}"
+        if not (directory / "policy").exists():
+            self.policy.load_weights(start)
+            run = Run(self.config, self.policy, self.task, directory, iteration, number)
+            with self.display.run(run) as on_step:
+                run.train(on_step, self._evaluate)
+        remove(directory / "state.pt")
+        _gather_metrics(Path(self.config.output))
+
+    def _evaluate(self) -> Metrics:
+        return {f"eval_{k}": v for k, v in vars(self.evaluator()).items()}
+
+    def merge(self, start: Path, iteration: int) -> tuple[Path, Path]:
+        """theta_slerp of an iteration and the start of the next, both in fp32 on disk."""
+        config, directory = self.config, self.directory(iteration)
+        merged = directory / "merged"
+        etas = sorted({config.eta, 1.0})
+        if not merged.exists():
+            runs = [directory / f"run-{m}" / "policy" for m in range(1, config.runs + 1)]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                merge_checkpoints(
+                    start,
+                    runs,
+                    merged,
+                    method=config.merge,
+                    granularity=config.granularity,
+                    eta=etas,
+                    progress=False,
+                )
+            self.display.merged(iteration, [str(w.message) for w in caught])
+        if len(etas) == 1:
+            return merged, merged
+        return merged / "eta-1", merged / f"eta-{config.eta:g}"
+
+    def front(self, target: Path, iteration: int) -> list[FrontPoint]:
+        """The sweep of eta from SFT to the merge of an iteration."""
+        path = self.directory(iteration) / "front.csv"
+        if not path.exists():
+            self.policy.load_weights(target)
+            name = f"WARP iteration {iteration}"
+            write_front(path, sweep(self.evaluator, self.config.sweep, name, self.display.point))
+        return read_front(path)
 
 
 def _gather_metrics(output: Path) -> None:
@@ -144,46 +182,6 @@ def _gather_metrics(output: Path) -> None:
 
 def _numbers(path: Path) -> tuple[int, int]:
     return int(path.parts[-3].split("-")[1]), int(path.parts[-2].split("-")[1])
-
-
-def _merge(config: WarpConfig, start: Path, iteration: int, display: Display) -> tuple[Path, Path]:
-    """theta_slerp of an iteration and the start of the next, both in fp32 on disk."""
-    directory = Path(config.output) / f"iteration-{iteration}"
-    merged = directory / "merged"
-    etas = sorted({config.eta, 1.0})
-    if not merged.exists():
-        runs = [directory / f"run-{m}" / "policy" for m in range(1, config.runs + 1)]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            merge_checkpoints(
-                start,
-                runs,
-                merged,
-                method=config.merge,
-                granularity=config.granularity,
-                eta=etas,
-                progress=False,
-            )
-        display.merged(iteration, [str(w.message) for w in caught])
-    if len(etas) == 1:
-        return merged, merged
-    return merged / "eta-1", merged / f"eta-{config.eta:g}"
-
-
-def _front(
-    config: WarpConfig,
-    policy: Policy,
-    evaluator: Evaluator,
-    target: Path,
-    iteration: int,
-    display: Display,
-) -> list[FrontPoint]:
-    path = Path(config.output) / f"iteration-{iteration}" / "front.csv"
-    if not path.exists():
-        policy.load_weights(target)
-        points = sweep(evaluator, config.sweep, f"WARP iteration {iteration}", display.point)
-        write_front(path, points)
-    return read_front(path)
 
 
 def _finish(config: WarpConfig, policy: Policy, points: list[FrontPoint], target: Path) -> None:
@@ -210,7 +208,7 @@ def _merge_reports(config: WarpConfig) -> list[dict[str, Any]]:
     found = []
     for i in range(1, config.iterations + 1):
         merged = Path(config.output) / f"iteration-{i}" / "merged"
-        path = next(iter(sorted(merged.rglob("merge_report.json"))))
+        path = min(merged.rglob("merge_report.json"))  # the same in the directory of each eta
         found.append(json.loads(path.read_text(encoding="utf-8")))
     return found
 
