@@ -38,10 +38,11 @@ def _mark_written(name: str, op: Any) -> None:
     places = [i for i, x in enumerate(arguments) if x.alias_info and x.alias_info.is_write]
 
     def run(keys: Any, *given: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            found = op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *given)
         for i in places:
             torch.autograd.graph.increment_version(given[i])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *given)
+        return found
 
     if places:
         _LIBRARY.impl(name, run, "ADInplaceOrView", with_keyset=True)
