@@ -38,10 +38,18 @@ FAR = tl.constexpr(-60.0)
 
 
 @triton.jit
-def row_at(matrix, n, run, stride, jump):
+def eights(number, EIGHTS: tl.constexpr):
+    """The number. EIGHTS: it is a multiple of 8, which the compiler then knows."""
+    if EIGHTS:
+        number = number // 8 * 8
+    return number
+
+
+@triton.jit
+def row_at(matrix, n, run, stride, jump, EIGHTS: tl.constexpr = False):
     """Where row n, an int64 below 2^31, begins; see `layout` in warp_fast/_loss_rows.py."""
     runs = (n.to(tl.int32) // run).to(tl.int64)
-    return matrix + n * stride + runs * jump
+    return matrix + n * eights(stride, EIGHTS) + runs * eights(jump, EIGHTS)
 
 
 @triton.jit
@@ -84,12 +92,14 @@ def sums_kernel(
     ODDS: tl.constexpr,  # dtype code of the odds; -1 without them
     WIDE: tl.constexpr,
     VECTORS: tl.constexpr,
+    EIGHTS: tl.constexpr,  # whether strides, jumps and size are multiples of 8
 ):
     """Sums over one piece of one row, and the odds, p_v / p_token times the slope of the score.
 
     A row that is not kept costs nothing but odds of 0.
     Traffic: reads each kept row of logits and anchor once; writes the odds.
     """
+    size = eights(size, EIGHTS)
     pid = tl.program_id(0).to(tl.int64)
     n = pid // PIECES
     lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
@@ -100,8 +110,8 @@ def sums_kernel(
         if ODDS >= 0:
             _clear(odds_row, first, end, size, lanes, ODDS, VECTORS)
         return
-    row = row_at(logits, n, run, stride, jump)
-    anchor_row = row_at(anchor, n, run, anchor_stride, anchor_jump)
+    row = row_at(logits, n, run, stride, jump, EIGHTS)
+    anchor_row = row_at(anchor, n, run, anchor_stride, anchor_jump, EIGHTS)
     token = tl.load(token_ids + n)
     picked = picked_score(row, token, size, inner, outer, SOFTCAP, WIDE)
     shift = 0.0
@@ -310,16 +320,18 @@ def gradient_kernel(
     WIDE: tl.constexpr,
     CODE: tl.constexpr,
     VECTORS: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):
     """d(upstream . statistics)/d(logits) over one piece of one row.
 
     Traffic: reads logits, and for an exact KL the anchor; writes out.
     """
+    size = eights(size, EIGHTS)
     pid = tl.program_id(0).to(tl.int64)
     n = pid // PIECES
-    row = row_at(logits, n, run, stride, jump)
-    anchor_row = row_at(anchor, n, run, anchor_stride, anchor_jump)
-    out_row = row_at(out, n, run, out_stride, out_jump)
+    row = row_at(logits, n, run, stride, jump, EIGHTS)
+    anchor_row = row_at(anchor, n, run, anchor_stride, anchor_jump, EIGHTS)
+    out_row = row_at(out, n, run, out_stride, out_jump, EIGHTS)
     lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     first = (pid % PIECES).to(tl.int32) * PIECE
     end = tl.minimum(first + PIECE, size)

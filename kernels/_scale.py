@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from warp_fast.kernels._common import rounded
-from warp_fast.kernels._rows import LANES, row_at
+from warp_fast.kernels._rows import LANES, eights, row_at
 
 
 @triton.jit
@@ -32,12 +32,14 @@ def scale_kernel(
     PIECE: tl.constexpr,
     CODE: tl.constexpr,
     VECTORS: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):
     """values *= factor over one piece of one row. Traffic: none where the factor is 1."""
     by = tl.load(factor)
     if by != 1:
+        size = eights(size, EIGHTS)
         pid = tl.program_id(0).to(tl.int64)
-        row = row_at(values, pid // PIECES, run, stride, jump)
+        row = row_at(values, pid // PIECES, run, stride, jump, EIGHTS)
         lanes = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         first = (pid % PIECES).to(tl.int32) * PIECE
         end = tl.minimum(first + PIECE, size)

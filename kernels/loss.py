@@ -81,11 +81,10 @@ class Rows(NamedTuple):
             (1.0 / cap, cap / self.temperature),
         )
 
-    @property
-    def tiles(self) -> dict[str, int]:
+    def tiles(self, places: tuple[int, ...]) -> dict[str, int]:
+        """places: as `arguments` gives them."""
         matrices = [x for x in (self.logits, self.anchor) if x is not None]
-        widest = max(x.element_size() for x in matrices)
-        return {"PIECE": _PIECE, "VECTORS": _VECTORS[widest], "num_warps": _WARPS}
+        return _tiles(max(x.element_size() for x in matrices), places, self.shape[1])
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -96,6 +95,14 @@ class Rows(NamedTuple):
             # a score must be the same number in every kernel
             "enable_fp_fusion": False,
         }
+
+
+def _tiles(widest: int, places: tuple[int, ...], size: int) -> dict[str, int]:
+    """widest: bytes of the largest element."""
+    # as the 16 that triton looks for; a vocabulary is often padded to a multiple of 8
+    in_eights = all(number % 8 == 0 for number in (*places[1:], size))
+    rest = {"EIGHTS": in_eights, "num_warps": _WARPS}
+    return {"PIECE": _PIECE, "VECTORS": _VECTORS[widest], **rest}
 
 
 def _shared_layout(*matrices: Tensor) -> tuple[int, ...]:
@@ -132,7 +139,7 @@ def row_statistics(rows: Rows, out: Found, entropy: bool, odds: Odds | None = No
     made = (sums, sums) if odds is None else odds
     with on_device(rows.logits):
         sums_kernel[(count * rows.pieces,)](
-            *tensors, sums, made[0], *places, size, *factors, **rows.tiles, **constants
+            *tensors, sums, made[0], *places, size, *factors, **rows.tiles(places), **constants
         )
         row_kernel[(count,)](
             *tensors,
@@ -172,7 +179,7 @@ def row_gradient(rows: Rows, state: Tensor, upstream: Tensor, out: Tensor) -> No
             size,
             *factors,
             CODE=CODE[out.dtype],
-            **rows.tiles,
+            **rows.tiles(places),
             **rows.constants(upstream.dtype),
         )
 
@@ -262,19 +269,17 @@ def scale_triton_(values: Tensor, factor: Tensor) -> None:
     """
     count, size = values.shape[:-1].numel(), values.shape[-1]
     rows = with_unit_stride(values)
-    pieces = triton.cdiv(size, _PIECE)
+    pieces, places = triton.cdiv(size, _PIECE), _shared_layout(rows)
     if count:
         with on_device(values):
             scale_kernel[(count * pieces,)](
                 rows,
                 factor,
-                *_shared_layout(rows),
+                *places,
                 size,
                 PIECES=pieces,
-                PIECE=_PIECE,
                 CODE=CODE[rows.dtype],
-                VECTORS=_VECTORS[rows.element_size()],
-                num_warps=_WARPS,
                 enable_fp_fusion=False,
+                **_tiles(rows.element_size(), places, size),
             )
     copied_back([values], [rows])

@@ -171,7 +171,7 @@ def slerp_variants(kernels: Any) -> Iterator[Variant]:
 
 
 # (logits, anchor, exact KL, softcap, V): no anchor; a sampled KL; each exact KL; the fp32 logits of
-# a head, with an exact KL and with the odds; an odd vocabulary; fp64
+# a head, with an exact KL and with the odds; a vocabulary that is odd, or no multiple of 16; fp64
 LOSSES: list[tuple[str, str | None, str, bool, int]] = [
     ("bf16", None, "", True, 256128),
     ("bf16", "bf16", "", True, 256128),
@@ -179,6 +179,8 @@ LOSSES: list[tuple[str, str | None, str, bool, int]] = [
     ("fp32", "fp32", "reverse", True, 256128),
     ("fp32", None, "", True, 256128),
     ("bf16", "bf16", "reverse", False, 50257),
+    ("bf16", "bf16", "reverse", False, 128264),
+    ("fp32", None, "", False, 128264),
     ("fp16", "fp16", "forward", True, 262144),
     ("fp64", "fp64", "reverse", True, 1024),
 ]
@@ -206,6 +208,7 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
         }
         vectors = kernels._VECTORS[{"fp32": 4, "fp64": 8}.get(logits, 2)]
         tiles: dict[str, int] = {"PIECE": kernels._PIECE, "VECTORS": vectors}
+        tiles["EIGHTS"] = size % 8 == 0
         sums: dict[str, int] = {"ANCHOR": anchor is not None, "ENTROPY": entropy}
         # of a head's logits without an exact KL
         sums["ODDS"] = CODE[out] if logits == "fp32" and not exact else -1
@@ -217,9 +220,9 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
             "gradient_kernel": tiles | {"CODE": CODE[out]},
         }
         for kernel, more in variants.items():
-            suffix = " odds" * (more.get("ODDS", -1) >= 0) + " unaligned" * (size % 16 != 0)
+            suffix = " odds" * (more.get("ODDS", -1) >= 0) + " unaligned" * (size % 8 != 0)
             yield Variant(
-                f"loss {kernel} {logits} {anchor} {exact}{suffix}",
+                f"loss {kernel} {logits} {anchor} {exact} {size}{suffix}",
                 kernel,
                 types,
                 constants | more,
@@ -249,6 +252,7 @@ def loss_variants(kernels: Any) -> Iterator[Variant]:
                 "PIECE": kernels._PIECE,
                 "CODE": CODE[code],
                 "VECTORS": kernels._VECTORS[bytes_],
+                "EIGHTS": not unaligned,
             },
             {"num_warps": kernels._WARPS, "enable_fp_fusion": False},
             () if unaligned else ("stride", "jump", "size"),
