@@ -16,7 +16,7 @@ from warp_fast._table import (
     ema_launches,
     on_device,
 )
-from warp_fast.kernels._common import FP64, HEAD, INT16, entry_size, typed_pointer
+from warp_fast.kernels._common import FP32, FP64, HEAD, INT16, entry_size, typed_pointer
 from warp_fast.reference.ema import random_key
 
 # 16 elements per thread: split storage has six 16-byte loads in flight in each
@@ -74,7 +74,7 @@ def _ema_kernel(
     entry = table + tl.load(block_entry + pid).to(tl.int64) * STRIDE
     size = entry_size(entry, ALIGNED)
     offs = (pid - tl.load(entry + 1)) * BLOCK + tl.arange(0, BLOCK)
-    if ALIGNED and (STORAGE == _FULL or PARAM_CODE == 2):
+    if ALIGNED and (STORAGE == _FULL or PARAM_CODE == FP32):
         # one layout for all: where fp32 comes in 4 at a time and bf16 in 8, they would meet in
         # shared memory, the loads one after the other
         offs = tl.max_contiguous(tl.multiple_of(offs, 4), 4)

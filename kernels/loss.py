@@ -101,8 +101,12 @@ def _tiles(widest: int, places: tuple[int, ...], size: int) -> dict[str, int]:
     """widest: bytes of the largest element."""
     # as the 16 that triton looks for; a vocabulary is often padded to a multiple of 8
     in_eights = all(number % 8 == 0 for number in (*places[1:], size))
-    rest = {"EIGHTS": in_eights, "num_warps": _WARPS}
-    return {"PIECE": _PIECE, "VECTORS": _VECTORS[widest], **rest}
+    return {
+        "PIECE": _PIECE,
+        "VECTORS": _VECTORS[widest],
+        "EIGHTS": in_eights,
+        "num_warps": _WARPS,
+    }
 
 
 def _shared_layout(*matrices: Tensor) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from warp_fast._backend import TRITON_DEVICE
 
 Kernel: TypeAlias = Callable[..., Any]
 
+_LIBRARY: Any = torch.library.Library("warp_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
+
 # backend -> the type of device that its kernels are for; None: any
 DEVICE = {"reference": None, "triton": TRITON_DEVICE, "cpp": "cpu", "cuda": "cuda"}
 
@@ -27,9 +29,6 @@ def define(name: str, schema: str, kernel: Kernel, fake: Kernel, device: str | N
     op = getattr(torch.ops.warp_fast, name).default
     _mark_written(name, op)
     return op
-
-
-_LIBRARY: Any = torch.library.Library("warp_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _mark_written(name: str, op: Any) -> None:

@@ -16,9 +16,7 @@ def read_etas(eta: Any) -> tuple[list[float], bool]:
     Raises:
         TypeError: eta is neither a number nor several of them in one dimension.
     """
-    if isinstance(eta, _PLAIN):
-        return [float(eta)], False
-    several = isinstance(eta, Iterable) and not isinstance(eta, str | bytes)
+    several = not isinstance(eta, (*_PLAIN, str, bytes)) and isinstance(eta, Iterable)
     several = several and getattr(eta, "ndim", 1) == 1
     etas = list(eta) if several else [eta]
     return [_number(e) for e in etas], several

@@ -35,11 +35,11 @@ def replaced(path: Path) -> Iterator[Path]:
     except BaseException as error:
         remove(aside)
         reason = str(error)
+        # so safetensors and tokenizers tell of an OSError
+        from_system = isinstance(error, OSError) or "(os error " in reason
         if "inline_container" in reason:  # torch.save says where it stood, and not why
             reason = "torch.save failed, as it does where the disk is full"
-        elif (
-            not isinstance(error, OSError) and "(os error " not in reason
-        ):  # safetensors, tokenizers
+        elif not from_system:
             raise
         raise OSError(f"{path} could not be written: {reason}") from error
 
