@@ -74,40 +74,40 @@ void pairs(const MergeEntry& entry, int64_t begin, int64_t end, double* row) {
 using Staged = float[kMostStaged][kStaged];
 using Sums = f64x4[kMostStaged][kMostStaged];
 
-// Differences of `lanes` elements, zeros up to a multiple of kLanes; a row for each policy.
+// Differences of `lanes` elements, zeros up to kLanes; a row for each policy.
 template <int CODE>
-void stage(const MergeEntry& entry, int64_t begin, int64_t lanes, int policies, Staged& delta) {
-    for (int64_t at = 0; at < lanes; at += kLanes) {
-        const int64_t some = lanes - at < kLanes ? lanes - at : kLanes;
-        const Lanes start = load_column<CODE>(entry, 0, begin + at, some);
-        for (int m = 0; m < policies; ++m) {
-            const Lanes stop = load_column<CODE>(entry, 1 + m, begin + at, some);
-            const Lanes moved = {stop.a - start.a, stop.b - start.b};
-            std::memcpy(delta[m] + at, &moved, sizeof(moved));
-        }
+WARP_FAST_INLINE void stage(const MergeEntry& entry, int64_t at, int64_t lanes, int policies,
+                            float* delta) {
+    const Lanes start = load_column<CODE>(entry, 0, at, lanes);
+    for (int m = 0; m < policies; ++m) {
+        const Lanes stop = load_column<CODE>(entry, 1 + m, at, lanes);
+        const Lanes moved = {stop.a - start.a, stop.b - start.b};
+        std::memcpy(delta + m * kStaged, &moved, sizeof(moved));
     }
 }
 
 // sum[a + i][b + j] += products of the policies a + i < a + A and b + j < b + B; if SAME, a is b
-// and each pair comes once
-template <int A, int B, bool SAME>
-void add_products(const Staged& delta, int a, int b, int64_t lanes, Sums& sum) {
+// and each pair comes once. before(at) is called ahead of the kLanes elements from at on.
+template <int A, int B, bool SAME, class Before>
+WARP_FAST_INLINE void add_products(const Staged& delta, int a, int b, int64_t lanes, Sums& sum,
+                                   Before before) {
     constexpr int kPairs = SAME ? A * B - A * (A - 1) / 2 : A * B;
     // so many sums that a fused multiply-add need not wait for the one before it
     constexpr int kSums = kPairs <= 3 ? 4 : kPairs <= 6 ? 2 : 1;
     f64x4 part[kSums][B][A] = {};
-    for (int64_t at = 0; at < lanes; at += 4 * kSums) {
+    for (int64_t at = 0; at < lanes; at += kLanes) {
+        before(at);
 #pragma GCC unroll 4
-        for (int s = 0; s < kSums; ++s) {
+        for (int q = 0; q < kLanes / 4; ++q) {
             f64x4 left[A];
 #pragma GCC unroll 3
-            for (int i = 0; i < A; ++i) left[i] = quad_at(delta[a + i] + at + 4 * s);
+            for (int i = 0; i < A; ++i) left[i] = quad_at(delta[a + i] + at + 4 * q);
 #pragma GCC unroll 5
             for (int j = 0; j < B; ++j) {
-                const f64x4 right = SAME && j < A ? left[j] : quad_at(delta[b + j] + at + 4 * s);
+                const f64x4 right = SAME && j < A ? left[j] : quad_at(delta[b + j] + at + 4 * q);
 #pragma GCC unroll 3
                 for (int i = 0; i < (SAME && j < A ? j + 1 : A); ++i) {
-                    part[s][j][i] += left[i] * right;
+                    part[q % kSums][j][i] += left[i] * right;
                 }
             }
         }
@@ -122,31 +122,43 @@ void add_products(const Staged& delta, int a, int b, int64_t lanes, Sums& sum) {
     }
 }
 
-using AddProducts = void (*)(const Staged&, int, int, int64_t, Sums&);
+template <int A, int B, bool SAME>
+void add_tile(const Staged& delta, int a, int b, int64_t lanes, Sums& sum) {
+    add_products<A, B, SAME>(delta, a, b, lanes, sum, [](int64_t) {});
+}
+
+using AddTile = void (*)(const Staged&, int, int, int64_t, Sums&);
 
 // up to kMostFirst policies, the first kTile with all of them
-constexpr AddProducts kFirst[] = {nullptr,
-                                  add_products<1, 1, true>,
-                                  add_products<2, 2, true>,
-                                  add_products<3, 3, true>,
-                                  add_products<3, 4, true>,
-                                  add_products<3, 5, true>};
+constexpr AddTile kFirst[] = {nullptr, add_tile<1, 1, true>, add_tile<2, 2, true>,
+                              add_tile<3, 3, true>, add_tile<3, 4, true>, add_tile<3, 5, true>};
 // kTile policies with up to kMostOthers
-constexpr AddProducts kOthers[] = {nullptr, add_products<3, 1, false>, add_products<3, 2, false>,
-                                   add_products<3, 3, false>, add_products<3, 4, false>};
+constexpr AddTile kOthers[] = {nullptr, add_tile<3, 1, false>, add_tile<3, 2, false>,
+                               add_tile<3, 3, false>, add_tile<3, 4, false>};
 
-// many policies: pairs of a few elements at a time, in tiles
-template <int CODE>
-void grams_staged(const MergeEntry& entry, int64_t begin, int64_t end, int policies, double* row) {
+// Many policies: pairs of a few elements at a time, in tiles. The first tile stages elements while
+// it sums those before: loads and stores cost little between multiply-adds.
+// M: the number of policies, or 0 for any from kMostFirst on.
+template <int CODE, int M>
+void grams_staged(const MergeEntry& entry, int64_t begin, int64_t end, int any, double* row) {
+    constexpr int kFirstTile = M > 0 ? M : kMostFirst;
+    const int policies = M > 0 ? M : any;
     alignas(64) Staged delta;
     Sums sum = {};
-    for (int64_t at = begin; at < end; at += kStaged) {
-        const int64_t left = end - at < kStaged ? end - at : kStaged;
-        stage<CODE>(entry, at, left, policies, delta);
+    for (int64_t from = begin; from < end; from += kStaged) {
+        const int64_t left = end - from < kStaged ? end - from : kStaged;
         const int64_t lanes = (left + kLanes - 1) / kLanes * kLanes;
+        const auto stage_after = [&](int64_t at) __attribute__((always_inline)) {
+            const int64_t next = at + kLanes, some = left - next;
+            float* const to = delta[0] + next;
+            if (some >= kLanes) return stage<CODE>(entry, from + next, kLanes, policies, to);
+            if (some > 0) stage<CODE>(entry, from + next, some, policies, to);
+        };
+        stage_after(-kLanes);
+        add_products<kTile, kFirstTile, true>(delta, 0, 0, lanes, sum, stage_after);
         for (int a = 0; a < policies; a += kTile) {
             const int first = policies - a < kMostFirst ? policies - a : kMostFirst;
-            kFirst[first](delta, a, a, lanes, sum);
+            if (a > 0) kFirst[first](delta, a, a, lanes, sum);
             for (int b = a + first; b < policies; b += kMostOthers) {
                 const int others = policies - b < kMostOthers ? policies - b : kMostOthers;
                 kOthers[others](delta, a, b, lanes, sum);
@@ -167,8 +179,12 @@ void grams(const MergeEntry& entry, int64_t begin, int64_t end, int policies, do
             return pairs<CODE, 2>(entry, begin, end, row);
         case kMostPaired:
             return pairs<CODE, kMostPaired>(entry, begin, end, row);
+        case 4:
+            return grams_staged<CODE, 4>(entry, begin, end, policies, row);
+        case 5:
+            return grams_staged<CODE, 5>(entry, begin, end, policies, row);
         default:
-            return grams_staged<CODE>(entry, begin, end, policies, row);
+            return grams_staged<CODE, 0>(entry, begin, end, policies, row);
     }
 }
 

@@ -23,7 +23,7 @@ inline int common_code(const MergeEntry& entry, int64_t columns) {
 template <int CODE>
 WARP_FAST_INLINE Lanes load_column(const MergeEntry& entry, int64_t c, int64_t at, int64_t lanes) {
     const void* base = entry.address[c];
-    prefetch_next_page(base, at * (CODE == kMixed ? bytes_of(entry.code[c]) : kBytes<CODE>));
+    prefetch_ahead(base, at * (CODE == kMixed ? bytes_of(entry.code[c]) : kBytes<CODE>));
     if constexpr (CODE == kBf16) return as_float(load_even_odd(base, at, lanes));
     if constexpr (CODE == kFp32) return load<kFp32>(base, at, lanes);
     switch (entry.code[c]) {
