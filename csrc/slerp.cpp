@@ -8,38 +8,66 @@ namespace warp_fast {
 namespace {
 
 constexpr int kMostFused = 16;  // task vectors of one vector of lanes held at a time
+// outs written while those are held; for more the inputs are read again, which holds since an out
+// that is an input is the only one
+constexpr int kMostRows = 8;
 
 // rows of NaN are how a solve refuses: they write nothing
 WARP_FAST_INLINE bool refused(const double* weight) { return weight[0] != weight[0]; }
 
+// one out: its column, and the weight of each task vector
+struct Row {
+    int64_t column;
+    float weight[kMostFused];
+};
+
+// what to write of an entry from row k on, at most kMostRows; k moves behind them
+int64_t next_rows(const MergeEntry& entry, const MergeCall& call, int64_t& k, Row* rows) {
+    const int policies = call.policies;
+    int64_t count = 0;
+    for (; k < call.rows && count < kMostRows; ++k) {
+        const double* weight = call.coefficients + (k * call.segments + entry.segment) * policies;
+        if (refused(weight)) continue;
+        Row& row = rows[count++];
+        row.column = 1 + policies + k;
+        for (int m = 0; m < policies; ++m) row.weight[m] = static_cast<float>(weight[m]);
+    }
+    return count;
+}
+
 // M: the number of policies, or 0 for any up to kMostFused.
 template <int CODE, int M>
-WARP_FAST_INLINE void merge(const MergeEntry& entry, int64_t at, int64_t lanes,
-                            const MergeCall& call) {
-    const int policies = M > 0 ? M : call.policies;
+WARP_FAST_INLINE void merge(const MergeEntry& entry, int64_t at, int64_t lanes, int any,
+                            const Row* rows, int64_t count) {
+    const int policies = M > 0 ? M : any;
     const Lanes start = load_column<CODE>(entry, 0, at, lanes);
     Lanes delta[M > 0 ? M : kMostFused];
     for (int m = 0; m < policies; ++m) {
         const Lanes stop = load_column<CODE>(entry, 1 + m, at, lanes);
         delta[m] = {stop.a - start.a, stop.b - start.b};
     }
-    const double* weight = call.coefficients + entry.segment * policies;
-    for (int64_t k = 0; k < call.rows; ++k, weight += call.segments * policies) {
-        if (refused(weight)) continue;
+    for (const Row* row = rows; row < rows + count; ++row) {
         Lanes sum = start;
         for (int m = 0; m < policies; ++m) {
-            sum.a += static_cast<float>(weight[m]) * delta[m].a;
-            sum.b += static_cast<float>(weight[m]) * delta[m].b;
+            sum.a += row->weight[m] * delta[m].a;
+            sum.b += row->weight[m] * delta[m].b;
         }
-        store_column<CODE>(entry, 1 + policies + k, at, sum, lanes);
+        store_column<CODE>(entry, row->column, at, sum, lanes);
     }
 }
 
 template <int CODE, int M>
 void merge_chunk(const MergeEntry& entry, int64_t begin, int64_t end, const MergeCall& call) {
-    int64_t at = begin;
-    for (; at + kLanes <= end; at += kLanes) merge<CODE, M>(entry, at, kLanes, call);
-    if (at < end) merge<CODE, M>(entry, at, end - at, call);
+    Row rows[kMostRows];
+    for (int64_t k = 0; k < call.rows;) {
+        const int64_t count = next_rows(entry, call, k, rows);
+        if (count == 0) return;
+        int64_t at = begin;
+        for (; at + kLanes <= end; at += kLanes) {
+            merge<CODE, M>(entry, at, kLanes, call.policies, rows, count);
+        }
+        if (at < end) merge<CODE, M>(entry, at, end - at, call.policies, rows, count);
+    }
 }
 
 template <int CODE>

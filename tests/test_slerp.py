@@ -217,7 +217,7 @@ def test_rates_are_one_over_m_level_by_level(backend: str, runs: int) -> None:
 @pytest.mark.parametrize("function", [slerp, lerp])
 def test_many_etas_equal_single_calls(backend: str, dtype: torch.dtype, function: Any) -> None:
     init, policies = family(3, dtype, dtype)
-    etas = [0.0, 0.3, 1.0, 2.0, -0.5]
+    etas = [0.0, 0.3, 1.0, 2.0, -0.5, 0.1, 0.2, 0.4, 0.6, 0.8]
     for eta, merged in zip(etas, function(init, policies, eta=etas, backend=backend), strict=True):
         single = function(init, policies, eta=eta, backend=backend)
         assert all(torch.equal(merged[n], single[n]) for n in init)
