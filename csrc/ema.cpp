@@ -52,6 +52,9 @@ WARP_FAST_INLINE Lanes load_params(const void* base, int64_t at, int64_t lanes) 
 template <int STORAGE, int PARAM>
 WARP_FAST_INLINE void update(const EmaEntry& entry, int64_t at, int64_t lanes, float rate,
                              const EmaCall& call) {
+    prefetch_ahead(entry.ema, at * (STORAGE == kFull ? kBytes<kFp32> : kBytes<kBf16>));
+    prefetch_ahead(entry.params, at * kBytes<PARAM>);
+    if constexpr (STORAGE == kSplit) prefetch_ahead(entry.residual, at * kBytes<kInt16>);
     if constexpr (STORAGE == kFull) {
         const Lanes start = load<kFp32>(entry.ema, at, lanes);
         const Lanes end = load<PARAM>(entry.params, at, lanes);
@@ -61,11 +64,13 @@ WARP_FAST_INLINE void update(const EmaEntry& entry, int64_t at, int64_t lanes, f
     const Bits high = load_even_odd(entry.ema, at, lanes);
     const Lanes end = load_params<PARAM>(entry.params, at, lanes);
     if constexpr (STORAGE == kSplit) {
-        const Bits low = load_even_odd(entry.residual, at, lanes);
-        const Bits moved = {moved_bits(high.a + sign_extended(low.a), end.a, rate),
-                            moved_bits(high.b + sign_extended(low.b), end.b, rate)};
+        char* const residual = place<kInt16>(entry.residual, at);
+        const u32x8 low = load_bytes<u32x8>(residual, lanes * kBytes<kInt16>);
+        const Bits moved = {moved_bits(high.a + sign_extended(low << 16), end.a, rate),
+                            moved_bits(high.b + sign_extended(low), end.b, rate)};
         store_even_odd(entry.ema, at, {moved.a + 0x8000u, moved.b + 0x8000u}, lanes, false);
-        store_even_odd(entry.residual, at, {moved.a << 16, moved.b << 16}, lanes, false);
+        const u32x8 rest = halves(moved.a, moved.b << 16);
+        store_bytes(residual, rest, lanes * kBytes<kInt16>, false);
     } else {
         const uint64_t first = static_cast<uint64_t>(entry.first_index + at);
         const u32x8 even = {0, 2, 4, 6, 8, 10, 12, 14};
@@ -77,7 +82,8 @@ WARP_FAST_INLINE void update(const EmaEntry& entry, int64_t at, int64_t lanes, f
 }
 
 template <int STORAGE, int PARAM>
-void update_chunk(const EmaEntry& entry, int64_t begin, int64_t end, const EmaCall& call) {
+void update_chunk(const EmaEntry& shared, int64_t begin, int64_t end, const EmaCall& call) {
+    const EmaEntry entry = shared;  // for all C++ knows, a store could change the shared one
     const float rate = static_cast<float>(call.rate);
     int64_t at = begin;
     for (; at + kLanes <= end; at += kLanes) update<STORAGE, PARAM>(entry, at, kLanes, rate, call);

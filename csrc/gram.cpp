@@ -3,10 +3,6 @@
 // Products of two fp32 differences are exact in fp64, so fusing them with the sum changes no bit.
 #include "weights.h"
 
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
-
 namespace warp_fast {
 namespace {
 
@@ -20,7 +16,7 @@ constexpr int kMostOthers = 4;    // and elsewhere, so that all sums fit the reg
 // four of the sixteen elements in fp64
 WARP_FAST_INLINE f64x4 quarter(const Lanes& value, int q) {
     const f32x8 half = q < 2 ? value.a : value.b;
-#ifdef __AVX__
+#ifdef __AVX2__
     const __m128 part =
         q % 2 == 0 ? _mm256_castps256_ps128(half) : _mm256_extractf128_ps(half, 1);
     return _mm256_cvtps_pd(part);
@@ -32,7 +28,7 @@ WARP_FAST_INLINE f64x4 quarter(const Lanes& value, int q) {
 
 // four elements in fp64
 WARP_FAST_INLINE f64x4 quad_at(const float* from) {
-#ifdef __AVX__
+#ifdef __AVX2__
     return _mm256_cvtps_pd(_mm_loadu_ps(from));
 #else
     return f64x4{from[0], from[1], from[2], from[3]};
