@@ -17,9 +17,9 @@ WARP_FAST_INLINE Float interpolate(Float start, Float end, Weight rate) {
 // 16 uniform bits for the elements first + lane
 WARP_FAST_INLINE u32x8 random_bits16(uint64_t first, u32x8 lane, const EmaCall& call) {
     const u32x8 low = static_cast<uint32_t>(first) + lane;
-    const u32x8 carried = bit_cast<u32x8>(low < lane);  // all ones are -1
-    const u32x8 high = static_cast<uint32_t>(first >> 32) - carried;
-    u32x8 word = (low ^ call.key_in) + high * 0x9E3779B9u;
+    const u32x8 carried = bit_cast<u32x8>(low < lane);  // all ones or 0
+    const uint32_t high = static_cast<uint32_t>(first >> 32) * 0x9E3779B9u;
+    u32x8 word = (low ^ call.key_in) + (high + (carried & 0x9E3779B9u));
     word = (word ^ (word >> 16)) * 0x21F0AAADu;
     word = (word ^ (word >> 15)) * 0x735A2D97u;
     word ^= word >> 15;
@@ -82,8 +82,11 @@ WARP_FAST_INLINE void update(const EmaEntry& entry, int64_t at, int64_t lanes, f
 }
 
 template <int STORAGE, int PARAM>
-void update_chunk(const EmaEntry& shared, int64_t begin, int64_t end, const EmaCall& call) {
-    const EmaEntry entry = shared;  // for all C++ knows, a store could change the shared one
+void update_chunk(const EmaEntry& shared_entry, int64_t begin, int64_t end,
+                  const EmaCall& shared_call) {
+    // for all C++ knows, a store could change the shared ones
+    const EmaEntry entry = shared_entry;
+    const EmaCall call = shared_call;
     const float rate = static_cast<float>(call.rate);
     int64_t at = begin;
     for (; at + kLanes <= end; at += kLanes) update<STORAGE, PARAM>(entry, at, kLanes, rate, call);

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.tolerances import bits
 from warp_fast import ema_update_
-from warp_fast._backend import able
+from warp_fast._backend import MISSING, able
+from warp_fast.native.ema import ema_update_cpp_
 from warp_fast.reference import ema as reference
 from warp_fast.reference.ema import join_float32, split_float32
 
@@ -117,6 +118,16 @@ def test_random_bits_follow_the_index_in_the_list(backend: str, sizes: list[int]
     ema_update_(whole, params, 0.3, **options)
     ema_update_(torch.split(parts, sizes), torch.split(params, sizes), 0.3, **options)
     assert torch.equal(parts, whole)
+
+
+@pytest.mark.skipif(MISSING["cpp"] is not None, reason=str(MISSING["cpp"]))
+def test_random_bits_where_the_index_outgrows_32_bits_inside_a_vector() -> None:
+    start, params = torch.randn(9000).to(BF16), torch.randn(9000)
+    found, expected = start.clone(), start.clone()
+    rest = (0.3, None, True, 11, 5, [2**32 - 4003])
+    ema_update_cpp_([found], [params], [], *rest)
+    reference.ema_update_reference_([expected], [params], [], *rest)
+    assert torch.equal(found, expected)
 
 
 @every_backend

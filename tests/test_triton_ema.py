@@ -39,7 +39,8 @@ pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
 # one element; a run below, at and above one vector; one block; several; empty in the middle
 SIZES = [1, 7, 8, 0, 4096, 9001]
-FAR = 2**32 - 4000  # first index: the high word of the element index changes inside the list
+# first index: the high word of the element index changes inside the list, and inside a vector
+FAR = 2**32 - 4003
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
