@@ -105,12 +105,30 @@ WARP_FAST_INLINE void store_bytes(char* to, const Vector& value, int64_t bytes, 
     }
 }
 
-WARP_FAST_INLINE f32x8 from_bf16(u16x8 half) {
-    return bit_cast<f32x8>(__builtin_convertvector(half, u32x8) << 16);
+// what GCC 12 makes of __builtin_convertvector is twice as long as these
+WARP_FAST_INLINE u32x8 widened(u16x8 half) {
+#ifdef __AVX2__
+    return bit_cast<u32x8>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(half)));
+#else
+    return __builtin_convertvector(half, u32x8);
+#endif
 }
 
+// words below 2^16
+WARP_FAST_INLINE u16x8 narrowed(u32x8 word) {
+#ifdef __AVX2__
+    const auto both = bit_cast<__m256i>(word);
+    const __m128i upper = _mm256_extracti128_si256(both, 1);
+    return bit_cast<u16x8>(_mm_packus_epi32(_mm256_castsi256_si128(both), upper));
+#else
+    return __builtin_convertvector(word, u16x8);
+#endif
+}
+
+WARP_FAST_INLINE f32x8 from_bf16(u16x8 half) { return bit_cast<f32x8>(widened(half) << 16); }
+
 WARP_FAST_INLINE f32x8 from_fp16(u16x8 half) {
-    const u32x8 bits = __builtin_convertvector(half, u32x8);
+    const u32x8 bits = widened(half);
     const u32x8 magnitude = (bits & 0x7FFF) << 13;
     // rebias by a product, which is right for subnormals as well
     u32x8 value = bit_cast<u32x8>(bit_cast<f32x8>(magnitude) * 0x1p112f);
@@ -126,7 +144,7 @@ WARP_FAST_INLINE u32x8 rounded_to_bf16(f32x8 value) {
 }
 
 WARP_FAST_INLINE u16x8 to_bf16(f32x8 value) {
-    return __builtin_convertvector(rounded_to_bf16(value) >> 16, u16x8);
+    return narrowed(rounded_to_bf16(value) >> 16);
 }
 
 WARP_FAST_INLINE u16x8 to_fp16(f32x8 value) {
@@ -140,7 +158,7 @@ WARP_FAST_INLINE u16x8 to_fp16(f32x8 value) {
     const u32x8 is_nan = bit_cast<u32x8>(magnitude > 0x7F800000);
     u32x8 half = (small & is_small) | (normal & ~is_small);
     half = (half & ~is_large) | (is_large & 0x7C00) | (is_nan & 0x200);
-    return __builtin_convertvector(half | (bits >> 16 & 0x8000), u16x8);
+    return narrowed(half | (bits >> 16 & 0x8000));
 }
 
 template <int CODE>
