@@ -133,7 +133,7 @@ constexpr AddTile kOthers[] = {nullptr, add_tile<3, 1, false>, add_tile<3, 2, fa
                                add_tile<3, 3, false>, add_tile<3, 4, false>};
 
 // Many policies: pairs of a few elements at a time, in tiles. The first tile stages elements while
-// it sums those before: loads and stores cost little between multiply-adds.
+// it sums those before, so that memory and arithmetic do not wait for each other.
 // M: the number of policies, or 0 for any from kMostFirst on.
 template <int CODE, int M>
 void grams_staged(const MergeEntry& entry, int64_t begin, int64_t end, int any, double* row) {
