@@ -1,5 +1,8 @@
 // warp_fast._C: the compiled kernels, over addresses, sizes and dtype codes of tensors that torch
 // owns. The launchers in warp_fast/native/ are its only callers and check what they pass.
+#ifdef WARP_FAST_HAS_AVX2
+#include <cpuid.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -20,7 +23,10 @@ constexpr int64_t kStreamed = 4 << 20;  // elements; fewer may still be in cache
 
 bool has_avx2() {
 #ifdef WARP_FAST_HAS_AVX2
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    // not every compiler can be asked for F16C
+    unsigned int a, b, c, d;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
     return false;
 #endif

@@ -1,0 +1,116 @@
+"""The C++ kernels as a processor without AVX2 runs them: the same bits, or as exact."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import warp_fast
+from tests.cuda_on_cpu import CXX, HAS_COMPILER, ROOT
+from tests.tolerances import assert_same_bits
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+SIZES = (1, 15, 16, 300, 40_000)  # below and above a vector and a chunk
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or not HAS_COMPILER,
+    reason="needs x86, where AVX2 is a choice, and a C++ compiler",
+)
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """warp_fast._C without its AVX2 part."""
+    import pybind11
+
+    target = tmp_path_factory.mktemp("baseline") / "_C.so"
+    sources = [ROOT / "csrc" / f"{n}.cpp" for n in ("bindings", "ema", "gram", "loss", "slerp")]
+    paths = (sysconfig.get_path("include"), pybind11.get_include())
+    options = "-std=c++17 -O1 -ffp-contract=off -fPIC -fopenmp -shared -w -DWARP_FAST_ISA=baseline"
+    include = [f"-I{path}" for path in paths]
+    command = [CXX, *options.split(), *include, *map(str, sources), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return load(target)
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("baseline._C", path)
+    assert spec and spec.loader
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    assert found.instructions == "baseline"
+    return found
+
+
+@pytest.fixture(autouse=True)
+def use_baseline(monkeypatch: pytest.MonkeyPatch, baseline: ModuleType) -> None:
+    monkeypatch.setitem(sys.modules, "warp_fast._C", baseline)
+
+
+def every_half() -> Tensor:
+    """Every finite fp16, subnormal ones too, and more than there are chunks for."""
+    half = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(FP16)
+    return half[half.isfinite()]
+
+
+@DTYPES
+@pytest.mark.parametrize("storage", ["fp32", "split", "stochastic"])
+def test_ema(storage: str, dtype: torch.dtype) -> None:
+    exact = [torch.randn(size) for size in SIZES]
+    params = [torch.randn(size).to(dtype) for size in SIZES]
+    options: dict[str, Any] = {"stochastic": True, "seed": 3} if storage == "stochastic" else {}
+    results = []
+    for backend in ("reference", "cpp"):
+        ema = [x.clone() if storage == "fp32" else x.to(BF16) for x in exact]
+        if storage == "split":
+            options["residual"] = [torch.full(x.shape, 77, dtype=torch.int16) for x in exact]
+        warp_fast.ema_update_(ema, params, 0.3, **options, backend=backend)
+        results.append([*ema, *options.get("residual", [])])
+    assert_same_bits(*results)
+
+
+@DTYPES
+@pytest.mark.parametrize("runs", [2, 5])
+def test_slerp(dtype: torch.dtype, runs: int) -> None:
+    init = [torch.randn(size).to(dtype) for size in SIZES]
+    policies = [[(x + 0.1 * torch.randn(x.shape)).to(dtype) for x in init] for _ in range(runs)]
+    results = [
+        warp_fast.slerp(init, policies, eta=0.7, backend=backend)
+        for backend in ("reference", "cpp")
+    ]
+    assert_same_bits(*results)
+
+
+def test_every_half_is_read_and_written() -> None:
+    half = every_half()
+    (found,) = warp_fast.slerp([torch.zeros_like(half)], [[half]], backend="cpp")
+    assert torch.equal(found, half)
+    wide = half.float() * (1 + 2.0**-11)  # halfway to the next, or nearly
+    (found,) = warp_fast.slerp([torch.zeros_like(half)], [[wide]], backend="cpp")
+    assert torch.equal(found, wide.half())
+
+
+@DTYPES
+def test_loss(dtype: torch.dtype) -> None:
+    logits = 5 * torch.randn(2, 3, 1000)
+    logits, anchor = logits.to(dtype), (logits + torch.randn(logits.shape)).to(dtype)
+    ids, advantages = torch.randint(1000, (2, 3)), torch.randn(2)
+    results = []
+    for backend in ("reference", "cpp"):
+        leaf = logits.clone().requires_grad_()
+        options: dict[str, Any] = {"kl": "reverse", "softcap": 30.0, "backend": backend}
+        loss = warp_fast.warp_loss(leaf, ids, advantages, anchor_logits=anchor, **options)
+        loss.loss.backward()
+        results.append([loss.logprobs, loss.kl, leaf.grad])
+    torch.testing.assert_close(*results)
