@@ -23,10 +23,13 @@ constexpr int64_t kStreamed = 4 << 20;  // elements; fewer may still be in cache
 
 bool has_avx2() {
 #ifdef WARP_FAST_HAS_AVX2
-    // not every compiler can be asked for F16C
-    unsigned int a, b, c, d;
-    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    // asked once: a virtual machine takes microseconds to answer
+    static const bool has = [] {
+        unsigned int a, b, c, d;  // not every compiler can be asked for F16C
+        const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+        return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    }();
+    return has;
 #else
     return false;
 #endif

@@ -127,20 +127,18 @@ WARP_FAST_INLINE u16x8 narrowed(u32x8 word) {
 
 WARP_FAST_INLINE f32x8 from_bf16(u16x8 half) { return bit_cast<f32x8>(widened(half) << 16); }
 
+WARP_FAST_INLINE f32x8 from_fp16(u16x8 half) {
 #ifdef __F16C__
-WARP_FAST_INLINE f32x8 from_fp16(u16x8 half) {
     return bit_cast<f32x8>(_mm256_cvtph_ps(bit_cast<__m128i>(half)));
-}
 #else
-WARP_FAST_INLINE f32x8 from_fp16(u16x8 half) {
     const u32x8 bits = widened(half);
     const u32x8 magnitude = (bits & 0x7FFF) << 13;
     // rebias by a product, which is right for subnormals as well
     u32x8 value = bit_cast<u32x8>(bit_cast<f32x8>(magnitude) * 0x1p112f);
     value |= bit_cast<u32x8>(magnitude >= 0x0F800000) & 0x7F800000;
     return bit_cast<f32x8>(value | (bits & 0x8000) << 16);
-}
 #endif
+}
 
 // bits whose upper half is the nearest bf16, ties to even; every NaN becomes 0x7FC0
 WARP_FAST_INLINE u32x8 rounded_to_bf16(f32x8 value) {
@@ -153,13 +151,11 @@ WARP_FAST_INLINE u16x8 to_bf16(f32x8 value) {
     return narrowed(rounded_to_bf16(value) >> 16);
 }
 
-#ifdef __F16C__
 WARP_FAST_INLINE u16x8 to_fp16(f32x8 value) {
+#ifdef __F16C__
     const auto whole = bit_cast<__m256>(value);
     return bit_cast<u16x8>(_mm256_cvtps_ph(whole, _MM_FROUND_TO_NEAREST_INT));
-}
 #else
-WARP_FAST_INLINE u16x8 to_fp16(f32x8 value) {
     const u32x8 bits = bit_cast<u32x8>(value);
     const u32x8 magnitude = bits & 0x7FFFFFFF;
     const u32x8 normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
@@ -171,8 +167,8 @@ WARP_FAST_INLINE u16x8 to_fp16(f32x8 value) {
     u32x8 half = (small & is_small) | (normal & ~is_small);
     half = (half & ~is_large) | (is_large & 0x7C00) | (is_nan & 0x200);
     return narrowed(half | (bits >> 16 & 0x8000));
-}
 #endif
+}
 
 template <int CODE>
 WARP_FAST_INLINE Lanes load(const void* base, int64_t at, int64_t lanes) {

@@ -15,6 +15,11 @@ constexpr int kMostRows = 8;
 // rows of NaN are how a solve refuses: they write nothing
 WARP_FAST_INLINE bool refused(const double* weight) { return weight[0] != weight[0]; }
 
+WARP_FAST_INLINE const double* weights_of(const MergeEntry& entry, const MergeCall& call,
+                                          int64_t k) {
+    return call.coefficients + (k * call.segments + entry.segment) * call.policies;
+}
+
 // one out: its column, and the weight of each task vector
 struct Row {
     int64_t column;
@@ -26,7 +31,7 @@ int64_t next_rows(const MergeEntry& entry, const MergeCall& call, int64_t& k, Ro
     const int policies = call.policies;
     int64_t count = 0;
     for (; k < call.rows && count < kMostRows; ++k) {
-        const double* weight = call.coefficients + (k * call.segments + entry.segment) * policies;
+        const double* weight = weights_of(entry, call, k);
         if (refused(weight)) continue;
         Row& row = rows[count++];
         row.column = 1 + policies + k;
@@ -92,8 +97,7 @@ void merge_wide(const MergeEntry& entry, int64_t begin, int64_t end, const Merge
     for (int64_t at = begin; at < end; ++at) {
         const double start = load_any(entry.address[0], at, entry.code[0]);
         for (int64_t k = 0; k < call.rows; ++k) {
-            const double* weight =
-                call.coefficients + (k * call.segments + entry.segment) * policies;
+            const double* weight = weights_of(entry, call, k);
             if (refused(weight)) continue;
             bool wide = entry.code[0] == kFp64;
             double sum = start;
