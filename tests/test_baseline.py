@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
-import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import warp_fast
-from tests.cuda_on_cpu import CXX, HAS_COMPILER, ROOT
+from tests.compiled import HAS_COMPILER, OPS, ROOT, compiled, folder_of
 from tests.tolerances import assert_same_bits
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -30,25 +25,11 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def baseline(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def baseline() -> ModuleType:
     """warp_fast._C without its AVX2 part."""
-    import pybind11
-
-    target = tmp_path_factory.mktemp("baseline") / "_C.so"
-    sources = [ROOT / "csrc" / f"{n}.cpp" for n in ("bindings", "ema", "gram", "loss", "slerp")]
-    paths = (sysconfig.get_path("include"), pybind11.get_include())
-    options = "-std=c++17 -O1 -ffp-contract=off -fPIC -fopenmp -shared -w -DWARP_FAST_ISA=baseline"
-    include = [f"-I{path}" for path in paths]
-    command = [CXX, *options.split(), *include, *map(str, sources), "-o", str(target)]
-    subprocess.run(command, check=True)
-    return load(target)
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("baseline._C", path)
-    assert spec and spec.loader
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
+    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("bindings", *OPS)]
+    with folder_of("baseline") as folder:
+        found = compiled(folder, sources, "-fopenmp -DWARP_FAST_ISA=baseline")
     assert found.instructions == "baseline"
     return found
 
@@ -56,12 +37,6 @@ def load(path: Path) -> ModuleType:
 @pytest.fixture(autouse=True)
 def use_baseline(monkeypatch: pytest.MonkeyPatch, baseline: ModuleType) -> None:
     monkeypatch.setitem(sys.modules, "warp_fast._C", baseline)
-
-
-def every_half() -> Tensor:
-    """Every finite fp16, subnormal ones too."""
-    half = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(FP16)
-    return half[half.isfinite()]
 
 
 @DTYPES
@@ -93,7 +68,8 @@ def test_slerp(dtype: torch.dtype, runs: int) -> None:
 
 
 def test_every_half_is_read_and_written() -> None:
-    half = every_half()
+    half = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(FP16)
+    half = half[half.isfinite()]
     (found,) = warp_fast.slerp([torch.zeros_like(half)], [[half]], backend="cpp")
     assert torch.equal(found, half)
     wide = half.float() * (1 + 2.0**-11)  # halfway to the next, or nearly

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cuda_on_cpu import CXX, HAS_COMPILER, ROOT
+from tests.compiled import CXX, HAS_COMPILER, ROOT
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
 
