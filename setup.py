@@ -18,7 +18,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 OPS = "ema gram loss slerp"
-OBJECTS = {"cpu": f"bindings {OPS}", "avx2": OPS, "cuda": f"bindings {OPS}"}
+OBJECTS = {"cpu": f"bindings coefficients {OPS}", "avx2": OPS, "cuda": f"bindings {OPS}"}
 
 
 def cuda_archs() -> str:

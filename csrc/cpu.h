@@ -1,6 +1,6 @@
-// The CPU kernels: what bindings.cpp calls and ema.cpp, gram.cpp, loss.cpp and slerp.cpp define.
+// The CPU kernels: what bindings.cpp calls.
 //
-// Those four are compiled once per instruction set, each time into a namespace of its own
+// Those of ema.cpp, gram.cpp, loss.cpp and slerp.cpp are compiled once per instruction set, each time into a namespace of its own
 // (WARP_FAST_ISA), so they use nothing from the standard library that a linker could share.
 #pragma once
 
@@ -82,6 +82,11 @@ struct LossCall {
     ExactKl exact_kl;
     int threads;
 };
+
+// coefficients [segments, policies] and where a step was linear [segments], of gram [segments,
+// policies, policies]; NaN, with linear as it was, where gram is not finite
+void slerp_coefficients(const double* gram, int64_t segments, int policies, double* coefficients,
+                        bool* linear);
 
 namespace baseline {
 void ema(const EmaCall& call);

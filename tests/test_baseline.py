@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def baseline() -> ModuleType:
     """warp_fast._C without its AVX2 part."""
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("bindings", *OPS)]
+    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("bindings", "coefficients", *OPS)]
     with folder_of("baseline") as folder:
         found = compiled(folder, sources, "-fopenmp -DWARP_FAST_ISA=baseline")
     assert found.instructions == "baseline"

@@ -1,4 +1,4 @@
-"""SLERP in Triton and CUDA: Grams and coefficients against fp64, merged weights bit for bit.
+"""SLERP in Triton and CUDA: Grams against fp64, merged weights bit for bit.
 
 On CUDA tensors where there is a GPU, else on CPU tensors under the interpreter of Triton and as
 tests/cuda_on_cpu.py runs csrc/*.cu.
@@ -7,7 +7,6 @@ tests/cuda_on_cpu.py runs csrc/*.cu.
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import subprocess
 import sys
@@ -21,18 +20,13 @@ from tests.cuda_on_cpu import ABSENT
 from tests.tolerances import assert_same_bits
 from warp_fast.native import slerp as native
 from warp_fast.native._addresses import extension
-from warp_fast.reference.slerp import (
-    gram_reference,
-    slerp_apply_reference_,
-    slerp_coefficients_reference,
-)
+from warp_fast.reference.slerp import gram_reference, slerp_apply_reference_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it once, at the import below
 pytest.importorskip("triton", reason="the package triton is not installed")
 gram_pass: Any = importlib.import_module("warp_fast.kernels.gram")
-solve_pass: Any = importlib.import_module("warp_fast.kernels.coefficients")
 apply_pass: Any = importlib.import_module("warp_fast.kernels.slerp")
 tables: Any = importlib.import_module("warp_fast._table")
 if DEVICE == "cpu" and type(gram_pass._gram_kernel).__name__ != "InterpretedFunction":
@@ -313,51 +307,3 @@ def test_rows_of_nan_write_nothing(apply: Any, dtype: torch.dtype, aligned: bool
     apply(out, init, policies, coefficients, SEGMENT)
     assert all((x == 7).all() for x in out[: len(init)])
     assert_same_bits(out[len(init) :], init)
-
-
-def grams(segments: int, runs: int) -> Tensor:
-    """Of random task vectors; the second to fifth segment have a pair that is nearly no plane."""
-    generator = torch.Generator().manual_seed(runs)
-    deltas = torch.randn(segments, runs, 40, dtype=FP64, generator=generator)
-    deltas *= torch.rand(segments, runs, 1, dtype=FP64, generator=generator)
-    if runs > 1 and segments > 4:
-        deltas[1, -1] = 0
-        deltas[2, 1] = 2 * deltas[2, 0]
-        deltas[3, 1] = -deltas[3, 0]
-        deltas[4, 1] = deltas[4, 0] + 1e-5 * deltas[4, 1]
-    products = deltas @ deltas.mT
-    return ((products + products.mT) / 2).to(DEVICE)
-
-
-@pytest.mark.parametrize("runs", [1, 2, 3, 5, 10, 16])
-@pytest.mark.parametrize("segments", [1, 9])
-def test_solve_on_the_device(runs: int, segments: int) -> None:
-    products = grams(segments, runs)
-    found, linear = solve_pass.slerp_coefficients_triton(products)
-    expected, expected_linear = slerp_coefficients_reference(products.cpu())
-    # beside pi the rounding of a cosine grows by 1 / sin^2, and the coefficients by 1 / sin
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-14)
-    usual = expected.abs().amax(1) < 10
-    torch.testing.assert_close(found.cpu()[usual], expected[usual], rtol=1e-13, atol=1e-15)
-    assert usual.sum() >= segments - 2
-    assert torch.equal(linear.cpu(), expected_linear)
-
-
-@pytest.mark.parametrize("cosine", [1.0, -1.0, 1 - 1e-9, 1e-9 - 1, 0.0, 0.5, -0.999])
-def test_solve_at_every_angle(cosine: float) -> None:
-    products = torch.tensor([[[1.0, cosine], [cosine, 1.0]]], dtype=FP64, device=DEVICE)
-    found, linear = solve_pass.slerp_coefficients_triton(products)
-    degenerate = abs(cosine) == 1
-    angle = math.acos(cosine)
-    gold = 0.5 if degenerate else math.sin(angle / 2) / math.sin(angle)
-    assert found[0].tolist() == pytest.approx([gold, gold], rel=1e-7 if cosine < -0.9999 else 1e-14)
-    assert linear.tolist() == [degenerate]
-
-
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_gram_that_is_not_finite_makes_every_coefficient_nan(value: float) -> None:
-    products = grams(300, 2)
-    products[299, 1, 1] = value
-    for solve in (solve_pass.slerp_coefficients_triton, slerp_coefficients_reference):
-        assert solve(products)[0].isnan().all()

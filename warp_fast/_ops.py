@@ -104,12 +104,16 @@ _APPLY = {
     "cpp": _checked_apply(native_slerp.slerp_apply_cpp_),
     "cuda": _checked_apply(native_slerp.slerp_apply_cuda_),
 }
-_SOLVE = dict.fromkeys(_APPLY, reference_slerp.slerp_coefficients_reference)
-_SOLVE["triton"] = triton("coefficients", "slerp_coefficients_triton")
+SOLVE: dict[str, Kernel] = {
+    "reference": reference_slerp.slerp_coefficients_reference,
+    "triton": triton("coefficients", "slerp_coefficients_triton"),
+    "cpp": native_slerp.slerp_coefficients_cpp,
+    "cuda": reference_slerp.slerp_coefficients_reference,
+}
 SLERP_APPLY = define_each("slerp_apply_{}_", _APPLY_SCHEMA, _APPLY, no_result)
 SLERP = define_each(
     "slerp_{}_",
     _SLERP_SCHEMA,
-    {name: solved_and_applied(_SOLVE[name], apply) for name, apply in _APPLY.items()},
+    {name: solved_and_applied(SOLVE[name], apply) for name, apply in _APPLY.items()},
     _fake_slerp,
 )

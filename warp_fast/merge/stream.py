@@ -18,7 +18,6 @@ from warp_fast.merge.mapped import MappedFiles, prefetch
 from warp_fast.merge.plan import MergePlan
 from warp_fast.merge.steps import Piece, Step, merge_steps
 from warp_fast.merge.write import Writer
-from warp_fast.reference.slerp import slerp_coefficients_reference
 
 _AHEAD = 8  # tiles the kernel is asked to read ahead; cold reads gain up to here, not beyond
 _ALIGNMENT = 64
@@ -58,6 +57,7 @@ class Merger:
         self, plan: MergePlan, files: MappedFiles, writers: Sequence[Writer], backend: str
     ) -> None:
         self.gram_op, self.apply_op = _ops.GRAM[backend], _ops.SLERP_APPLY[backend]
+        self.coefficients_of = _ops.SOLVE[backend]
         self.plan, self.files, self.writers = plan, files, writers
         self.steps = list(merge_steps(plan))
         self.segment_of = {n: s for s, names in plan.segments.items() for n in names}
@@ -98,7 +98,7 @@ class Merger:
         names = [sorted(self.plan.segments[s]) for s in segments]
         gram = torch.stack([torch.stack([self.grams[n] for n in group]).sum(0) for group in names])
         if self.plan.method == "slerp":
-            return Solution(gram, *slerp_coefficients_reference(gram))
+            return Solution(gram, *self.coefficients_of(gram))
         runs = gram.shape[1]
         coefficients = torch.full_like(gram[:, 0], 1 / runs)
         return Solution(gram, coefficients, torch.zeros_like(gram[:, 0, 0], dtype=torch.bool))

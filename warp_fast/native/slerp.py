@@ -1,4 +1,4 @@
-"""The Gram and apply passes of warp_fast._C, on CPU and on CUDA."""
+"""SLERP in warp_fast._C: both passes on CPU and on CUDA, and the solve between them on CPU."""
 
 from __future__ import annotations
 
@@ -46,6 +46,21 @@ def gram_cpp(init: list[Tensor], policies: list[Tensor], segment: list[int], cou
         torch.get_num_threads(),
     )
     return gram
+
+
+def slerp_coefficients_cpp(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients of slerp_M, and where the linear rule was taken; see the reference.
+
+    Shapes: gram [S, M, M] fp64. Returns [S, M] fp64 and [S] bool.
+    """
+    segments, policies = gram.shape[:2]
+    gram = gram.contiguous()
+    coefficients = gram.new_empty((segments, policies))
+    linear = torch.zeros(segments, dtype=torch.bool)
+    extension().slerp_coefficients(
+        gram.data_ptr(), segments, policies, coefficients.data_ptr(), linear.data_ptr()
+    )
+    return coefficients, linear
 
 
 def slerp_apply_cpp_(
