@@ -1,7 +1,8 @@
 // The CPU kernels: what bindings.cpp calls.
 //
-// Those of ema.cpp, gram.cpp, loss.cpp and slerp.cpp are compiled once per instruction set, each time into a namespace of its own
-// (WARP_FAST_ISA), so they use nothing from the standard library that a linker could share.
+// Those of ema.cpp, gram.cpp, loss.cpp and slerp.cpp are compiled once per instruction set, each
+// time into a namespace of its own (WARP_FAST_ISA), so they use nothing from the standard library
+// that a linker could share.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@
 namespace warp_fast {
 
 // chunks of one tensor that are worked on as units; their size is the same on every machine, so
-// that sums are
+// that sums are (those of fp64 weights up to what FMA does not round)
 constexpr int64_t kEmaChunk = 16384;
 constexpr int64_t kMergeChunk = 32768;
 

@@ -64,7 +64,10 @@ void pairs(const MergeEntry& entry, int64_t begin, int64_t end, double* row) {
     int64_t at = begin;
     for (; at + kLanes <= end; at += kLanes) add(at, kLanes);
     if (at < end) add(at, end - at);
-    for (int p = 0; p < kPairs; ++p) row[p] = total(sum[0][p] + sum[kSums - 1][p] * (kSums - 1));
+    for (int p = 0; p < kPairs; ++p) {
+        if constexpr (kSums == 2) sum[0][p] += sum[1][p];
+        row[p] = total(sum[0][p]);
+    }
 }
 
 using Staged = float[kMostStaged][kStaged];

@@ -6,10 +6,8 @@
 
 #include "codes.h"
 
-#if defined(__AVX2__)
+#ifdef __SSE2__
 #include <immintrin.h>
-#elif defined(__SSE2__)
-#include <emmintrin.h>
 #endif
 
 #define WARP_FAST_INLINE inline __attribute__((always_inline))
@@ -132,10 +130,14 @@ WARP_FAST_INLINE f32x8 from_fp16(u16x8 half) {
     return bit_cast<f32x8>(_mm256_cvtph_ps(bit_cast<__m128i>(half)));
 #else
     const u32x8 bits = widened(half);
-    const u32x8 magnitude = (bits & 0x7FFF) << 13;
-    // rebias by a product, which is right for subnormals as well
-    u32x8 value = bit_cast<u32x8>(bit_cast<f32x8>(magnitude) * 0x1p112f);
-    value |= bit_cast<u32x8>(magnitude >= 0x0F800000) & 0x7F800000;
+    const u32x8 magnitude = bits & 0x7FFF;
+    const u32x8 is_large = bit_cast<u32x8>(magnitude >= 0x7C00) & 0x7F800000;
+    const u32x8 normal = ((magnitude << 13) + (112u << 23)) | is_large;
+    // below the smallest normal: the low bits of a sum with 0.5, which no mode of the processor
+    // takes for 0
+    const u32x8 small = bit_cast<u32x8>(bit_cast<f32x8>(magnitude | 0x3F000000) - 0.5f);
+    const u32x8 is_small = bit_cast<u32x8>(magnitude < 0x400);
+    const u32x8 value = (small & is_small) | (normal & ~is_small);
     return bit_cast<f32x8>(value | (bits & 0x8000) << 16);
 #endif
 }

@@ -67,7 +67,16 @@ def test_slerp(dtype: torch.dtype, runs: int) -> None:
     assert_same_bits(*results)
 
 
-def test_every_half_is_read_and_written() -> None:
+@pytest.mark.parametrize("flush", [False, True], ids=["", "subnormals of fp32 are 0"])
+def test_every_half_is_read_and_written(flush: bool) -> None:
+    torch.set_flush_denormal(flush)
+    try:
+        every_half()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def every_half() -> None:
     half = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(FP16)
     half = half[half.isfinite()]
     (found,) = warp_fast.slerp([torch.zeros_like(half)], [[half]], backend="cpp")

@@ -73,6 +73,15 @@ def test_gram_of_any_strides(solve: Solve) -> None:
 
 
 @every_solve
+def test_where_tensors_are_made_elsewhere(solve: Solve) -> None:
+    products = grams(9, 3)
+    with torch.device("meta"):
+        found = solve(products)
+    for ours, expected in zip(found, solve(products), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@every_solve
 def test_numbers_that_are_no_gram_of_vectors(solve: Solve) -> None:
     """Cosines beyond 1, negative squares, sums that overflow or vanish."""
     as_the_reference(solve, torch.tensor([[[1.0, 2.0], [2.0, 1.0]]], dtype=FP64))

@@ -276,6 +276,15 @@ def test_gram_is_the_matrix_of_inner_products(backend: str, dtype: torch.dtype, 
 
 
 @every_backend
+@pytest.mark.parametrize("runs", range(1, 8))
+def test_gram_of_a_task_vector_that_is_infinite(backend: str, runs: int) -> None:
+    init, policies = torch.zeros(40), [torch.ones(40) for _ in range(runs)]
+    policies[0][3] = math.inf
+    found = gram(init, policies, backend=backend)[0]
+    assert (found[0] == math.inf).all() and (found[1:, 1:] == 40).all()
+
+
+@every_backend
 def test_gram_of_a_union_is_a_sum(backend: str) -> None:
     init, policies = family(3)
     parts = gram(init, policies, backend=backend)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warp_fast._backend import resolve
 from warp_fast._define import Kernel, define, define_each, no_result, triton
 from warp_fast._overlap import refuse_overlap
 from warp_fast._solve import solved_and_applied, solved_on_host
@@ -81,10 +82,17 @@ def _fake_slerp(
     return gram.new_empty(gram.shape[:2], device="cpu")
 
 
+# between the passes; merges call these as functions, under what default device there is
+SOLVE: dict[str, Kernel] = {
+    "reference": reference_slerp.slerp_coefficients_reference,
+    "triton": triton("coefficients", "slerp_coefficients_triton"),
+    "cpp": native_slerp.slerp_coefficients_cpp,
+    "cuda": reference_slerp.slerp_coefficients_reference,
+}
 SLERP_COEFFICIENTS = define(
     "slerp_coefficients",
     "(Tensor gram, str[] names) -> Tensor",
-    solved_on_host,
+    solved_on_host(lambda gram: SOLVE[resolve("slerp", "auto", gram.device)](gram)),
     lambda gram, names: gram.new_empty(gram.shape[:2]),
 )
 GRAM = define_each(
@@ -103,12 +111,6 @@ _APPLY = {
     "triton": _checked_apply(triton("slerp", "slerp_apply_triton_")),
     "cpp": _checked_apply(native_slerp.slerp_apply_cpp_),
     "cuda": _checked_apply(native_slerp.slerp_apply_cuda_),
-}
-SOLVE: dict[str, Kernel] = {
-    "reference": reference_slerp.slerp_coefficients_reference,
-    "triton": triton("coefficients", "slerp_coefficients_triton"),
-    "cpp": native_slerp.slerp_coefficients_cpp,
-    "cuda": reference_slerp.slerp_coefficients_reference,
 }
 SLERP_APPLY = define_each("slerp_apply_{}_", _APPLY_SCHEMA, _APPLY, no_result)
 SLERP = define_each(

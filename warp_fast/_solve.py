@@ -8,24 +8,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from warp_fast._backend import MISSING
 from warp_fast._define import Kernel
 from warp_fast._table import side_stream
-from warp_fast.native.slerp import slerp_coefficients_cpp
-from warp_fast.reference.slerp import slerp_coefficients_reference
 
 Solve = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def solved_on_host(gram: Tensor, names: Sequence[str]) -> Tensor:
-    """The coefficients [S, M] on the device of gram [S, M, M].
+def solved_on_host(solve: Solve) -> Kernel:
+    """The op that solves on the CPU and judges what was found."""
 
-    Raises:
-        ValueError: a gram holds NaN or inf; says of which segment and policies.
-    """
-    host = gram.cpu()
-    solve = slerp_coefficients_cpp if MISSING["cpp"] is None else slerp_coefficients_reference
-    return _judged(*solve(host), host, names).to(gram.device)
+    def run(gram: Tensor, names: list[str]) -> Tensor:
+        host = gram.cpu()
+        return _judged(*solve(host), host, names).to(gram.device)
+
+    return run
 
 
 def solved_and_applied(solve: Solve, apply: Kernel) -> Kernel:
