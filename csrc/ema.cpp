@@ -11,7 +11,9 @@ namespace {
 template <class Float, class Weight>
 WARP_FAST_INLINE Float interpolate(Float start, Float end, Weight rate) {
     const Float step = end - start;
-    return rate < Weight(0.5) ? start + rate * step : end - (Weight(1) - rate) * step;
+    if (rate < Weight(0.5)) return start + rate * step;
+    // at rate 1 even where the step is infinite
+    return rate < Weight(1) ? end - (Weight(1) - rate) * step : end;
 }
 
 // 16 uniform bits for the elements first + lane

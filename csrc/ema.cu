@@ -26,14 +26,15 @@ __device__ double read(const Rate& rate) {
 
 __device__ float interpolate(float start, float end, float rate) {
     const float step = __fsub_rn(end, start);
-    return rate < 0.5f ? __fadd_rn(start, __fmul_rn(rate, step))
-                       : __fsub_rn(end, __fmul_rn(__fsub_rn(1.0f, rate), step));
+    if (rate < 0.5f) return __fadd_rn(start, __fmul_rn(rate, step));
+    // at rate 1 even where the step is infinite
+    return rate < 1.0f ? __fsub_rn(end, __fmul_rn(__fsub_rn(1.0f, rate), step)) : end;
 }
 
 __device__ double interpolate(double start, double end, double rate) {
     const double step = __dsub_rn(end, start);
-    return rate < 0.5 ? __dadd_rn(start, __dmul_rn(rate, step))
-                      : __dsub_rn(end, __dmul_rn(__dsub_rn(1.0, rate), step));
+    if (rate < 0.5) return __dadd_rn(start, __dmul_rn(rate, step));
+    return rate < 1.0 ? __dsub_rn(end, __dmul_rn(__dsub_rn(1.0, rate), step)) : end;
 }
 
 __device__ uint32_t random_bits16(uint64_t index, Keys keys) {

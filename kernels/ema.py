@@ -98,7 +98,9 @@ def _ema_kernel(
     weight = tl.cast(tl.load(rate) if DEVICE_RATE else rate, start.dtype)
     end = end.to(start.dtype)
     step = end - start
-    moved = tl.where(weight < 0.5, start + weight * step, end - (1.0 - weight) * step)
+    # at rate 1 even where the step is infinite
+    late = tl.where(weight < 1.0, end - (1.0 - weight) * step, end)
+    moved = tl.where(weight < 0.5, start + weight * step, late)
 
     if STORAGE == _SPLIT:
         # the NaN of NVIDIA arithmetic, 0x7FFFFFFF, would be rounded to a high half of -0.0

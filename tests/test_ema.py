@@ -156,6 +156,18 @@ def test_infinity_and_overflow_keep_their_sign(backend: str, storage: str) -> No
     assert torch.equal(average["ema"][0].float(), params)
 
 
+@every_backend
+@STORAGES
+def test_rate_one_makes_params_of_whatever_it_was(backend: str, storage: str) -> None:
+    start = torch.tensor([0.0, torch.nan, torch.inf, -3e38, 1.0]).repeat(20)
+    params = torch.tensor([torch.inf, 2.0, -torch.inf, 3.389e38, -0.0]).repeat(20)
+    average = average_of(storage, [start])
+    # what bf16 holds needs no rounding
+    params = params.bfloat16().float()
+    ema_update_(params=[params], rate=1.0, backend=backend, **average)
+    assert_same_bits([average["ema"][0].float()], [params])
+
+
 # --- forms ---------------------------------------------------------------------------------------
 
 

@@ -148,8 +148,8 @@ def test_huge_and_tiny_values(storage: str) -> None:
     ema = [high if storage == "split" else value.to(BF16).to(DEVICE)]
     residual = [low] if storage == "split" else []
     half, infinite = (value * 0.5).to(DEVICE), torch.full_like(value, float("inf")).to(DEVICE)
-    # with infinite params only a small rate: above one half the update is inf - inf
-    for rate, params in ((0.0, half), (0.01, half), (1.0, half), (0.01, infinite)):
+    # with infinite params no rate between: above one half the update is inf - inf
+    for rate, params in ((0.0, half), (0.01, half), (1.0, half), (0.01, infinite), (1.0, infinite)):
         check((ema, [params], residual), rate=rate, stochastic=storage == "stochastic")
     assert ema[0].isinf().all()
 

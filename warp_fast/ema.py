@@ -58,8 +58,9 @@ def ema_update_(
     Traffic: bytes per element: reads and writes ema (fp32 8, split 8, stochastic 4), reads params
         (bf16 2).
     Numerics: no fused multiply-add, exact at rate 0 and 1; split and stochastic storage are bitwise
-        equal on every backend. A number 0 leaves ema alone whatever params hold; else what is not
-        finite, in them or in the difference, goes into ema as inf or NaN.
+        equal on every backend. A number 0 leaves ema alone whatever params hold, and 1 makes it
+        params whatever it held; else what is not finite, in them or in the difference, goes into
+        ema as inf or NaN.
     """
     averages, values = _listed("ema", ema), _listed("params", params)
     remainders = [] if residual is None else _listed("residual", residual)

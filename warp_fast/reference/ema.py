@@ -31,7 +31,9 @@ def interpolate(start: Tensor, end: Tensor, rate: float | Tensor) -> Tensor:
     """start + rate * (end - start), in the form that is exact at rate 0 and at rate 1."""
     rate = torch.as_tensor(rate, dtype=start.dtype, device=start.device)
     step = end - start
-    return torch.where(rate < 0.5, start + rate * step, end - (1 - rate) * step)
+    # at rate 1 even where the step is infinite
+    late = torch.where(rate < 1, end - (1 - rate) * step, end)
+    return torch.where(rate < 0.5, start + rate * step, late)
 
 
 def random_key(seed: int, step: int) -> tuple[int, int]:
