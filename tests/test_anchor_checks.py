@@ -59,6 +59,11 @@ def test_a_layer_may_be_wrapped_and_an_anchor_copied() -> None:
     assert not torch.equal(other.module(torch.ones(3)), policy(torch.ones(3)))
 
 
+def test_a_policy_that_is_no_module_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"policy must be a torch\.nn\.Module; got list"):
+        EMAAnchor([torch.zeros(3)])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_an_anchor_that_was_cast_is_refused(storage: Any, dtype: torch.dtype) -> None:

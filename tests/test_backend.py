@@ -52,6 +52,7 @@ def test_a_name_is_taken(name: str) -> None:
     [
         ("numpy", "must be 'auto' or one of reference, cpp, triton, cuda; got 'numpy'"),
         ("cuda", "'cuda' does not implement 'ema' on cpu tensors; it has: triton, cpp, reference"),
+        ("cuda", r"\(nor is it available: no nvcc here\)"),
         ("triton", "backend 'triton' is not available: no triton here"),
     ],
 )

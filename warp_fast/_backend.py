@@ -114,9 +114,10 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend not in served:
+        reason = MISSING[backend]
         raise ValueError(
             f"backend {backend!r} does not implement {op!r} on {device.type} tensors; "
-            f"it has: {', '.join(served)}"
+            f"it has: {', '.join(served)}" + (f" (nor is it available: {reason})" if reason else "")
         )
     reason = unavailable(op, backend, device)
     if reason is not None:

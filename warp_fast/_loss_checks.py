@@ -306,7 +306,7 @@ def _check_kl(kl: str, has_anchor: bool, anchor_logprobs: Tensor | None) -> None
         )
     if kl in EXACT and not has_anchor:
         raise ValueError(
-            f"kl={kl!r} sums over the vocabulary and needs the anchor's logits or hidden states; "
+            f"kl={kl!r} sums over the vocabulary and needs anchor_logits (or anchor_hidden); "
             f"got {'anchor_logprobs' if anchor_logprobs is not None else 'no anchor'}"
         )
     if kl != "none" and not has_anchor and anchor_logprobs is None:

@@ -76,6 +76,8 @@ class EMAAnchor:
     ) -> None:
         if storage not in ("split", "fp32", "bf16"):
             raise ValueError(f"storage must be 'split', 'fp32' or 'bf16'; got {storage!r}")
+        if not isinstance(policy, nn.Module):
+            raise TypeError(f"policy must be a torch.nn.Module; got {type(policy).__name__}")
         check_rate(rate)
         if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in policy.modules()):
             raise ValueError(

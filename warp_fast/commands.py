@@ -49,7 +49,8 @@ def merge(
     """Merge policies that were trained from one initialisation.
 
     Args:
-        output: directory to write; with several eta, one directory per eta inside it.
+        output: directory to write; with several eta, one directory per eta inside it,
+            such as eta-0.5 and eta-1.
         init: checkpoint directory that all policies started from.
         policy: checkpoint directories to merge, in order (it matters for three or more).
         mergekit: a mergekit YAML instead of init, policy, eta, method, granularity and dtype;

@@ -52,7 +52,8 @@ def ema_update_(
 
     Raises:
         ValueError: counts, shapes, devices or the rate do not fit, or a written tensor shares
-            memory with another (pass tied weights once). TypeError: a dtype does not fit its
+            memory with another (pass tied weights once), or in stochastic storage a DTensor is
+            sharded along another dimension than the first. TypeError: a dtype does not fit its
             storage. All before any write.
 
     Traffic: bytes per element: reads and writes ema (fp32 8, split 8, stochastic 4), reads params

@@ -126,12 +126,13 @@ def slerp(
             knows no addresses, each name has a tensor of its own.
         eta: LITI step, finite; 0 is init, 1 the merge, above 1 extrapolates. A sequence gives a
             list of results from the same two passes.
-        out: where to write, of the form of the result; may be init itself for one eta.
+        out: where to write, of the form of the result and of any float dtype, to which it is
+            rounded once; may be init itself for one eta.
         return_report: also return a SlerpReport.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
 
-    Returns: weights of the form and dtypes of init (a list of them for a sequence of eta); with
-        return_report a pair (weights, report).
+    Returns: out, or new weights of the form and dtypes of init (a list of them for a sequence of
+        eta); with return_report a pair (weights, report).
 
     Raises:
         ValueError: names, shapes, devices or segments disagree, out overlaps an input, or a task

@@ -22,6 +22,7 @@ MakeConfig = Callable[..., WarpConfig]
         ("baseline", "mean", "baseline must be one of"),
         ("compute_dtype", "bf16", "compute_dtype must be one of auto, float32, bfloat16"),
         ("anchor_storage", ["fp32"], "anchor_storage must be one of"),
+        ("reward", len, "reward must be a string; got <built-in function len>"),
         ("eta", 0.9999999, "eta must be 1 or differ from it in six digits; got 0.9999999"),
     ],
 )

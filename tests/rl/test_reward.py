@@ -21,12 +21,15 @@ CPU = torch.device("cpu")
 
 def test_loads_a_function_by_module_and_by_file(tmp_path: Path) -> None:
     assert load_reward("tests.rl.models:early_words", CPU)(["x"], ["good poor"]) == [0.5]
+    assert load_reward("tests.rl.models.early_words", CPU)(["x"], ["good poor"]) == [0.5]
     file = tmp_path / "mine.py"
     file.write_text("def length(prompts, completions):\n    return [len(c) for c in completions]\n")
     assert load_reward(f"{file}:length", CPU)(["x"], ["abc"]) == [3]
 
 
-@pytest.mark.parametrize("spec", ["no_such_module:f", "math:no_such", "gone.py:f", "no/such/model"])
+@pytest.mark.parametrize(
+    "spec", ["no_such_module:f", "math:no_such", "math.no_such", "gone.py:f", "no/such/model"]
+)
 def test_refuses_what_is_not_there(spec: str) -> None:
     with pytest.raises(ValueError, match="reward must be"):
         load_reward(spec, CPU)

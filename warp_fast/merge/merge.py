@@ -49,7 +49,7 @@ def merge_checkpoints(
         init: directory with safetensors, in one file or in shards, that all policies started from.
         policies: M >= 1 directories of the same architecture; they may be sharded differently.
         output: directory to write; it must not exist, or be empty. With more than one eta it gets
-            one checkpoint per eta, eta-0.3/ and so on.
+            one checkpoint per eta, eta-0.3/ and so on (1.0 is eta-1/).
         method: "slerp" of the task vectors (order matters for M >= 3), or "lerp", their mean.
         granularity: what shares one angle: "tensor", "block" (all tensors of one transformer block;
             every other tensor its own) or "model".

@@ -104,6 +104,7 @@ class WarpConfig:
     def __post_init__(self) -> None:
         for name in _PATHS:
             if (path := getattr(self, name)) is not None:
+                _require(isinstance(path, (str, os.PathLike)), name, "be a string", repr(path))
                 setattr(self, name, os.fspath(path))
         for name, hint in get_type_hints(WarpConfig).items():
             if get_origin(hint) is Literal:

@@ -30,18 +30,22 @@ class RewardError(ValueError):
 
 
 def load_reward(spec: str, device: torch.device) -> Reward:
-    """Find a reward: "module:function", "file.py:function", or a classifier directory or hub id.
+    """Find a reward: "module:function" (or "module.function"), "file.py:function", or a classifier.
+
+    A classifier is a directory or a hub id.
 
     Raises:
         ValueError: there is no such module, function or model; says what was looked for.
     """
-    if ":" in spec and not Path(spec).is_dir():
+    *module, name = spec.split(".")
+    dotted = module and all(part.isidentifier() for part in (*module, name))
+    if (dotted or ":" in spec) and not Path(spec).is_dir():
         return _load_function(spec)
     return _load_classifier(spec, device)
 
 
 def _load_function(spec: str) -> Reward:
-    place, _, name = spec.rpartition(":")
+    place, _, name = spec.rpartition(":" if ":" in spec else ".")
     try:
         if place.endswith(".py"):
             module = _module_of(Path(place).resolve())
