@@ -249,7 +249,9 @@ def test_report_says_what_was_merged(backend: str) -> None:
     merged, report = slerp(init, policies, segments=GROUPS, return_report=True, backend=backend)
     assert report.segments == ["a", "b"]
     assert torch.equal(report.gram, gram(init, policies, segments=GROUPS, backend=backend))
-    assert torch.equal(report.coefficients, slerp_coefficients(report.gram))
+    # solved by the backend there, by the best one here
+    found = slerp_coefficients(report.gram)
+    torch.testing.assert_close(report.coefficients, found, rtol=1e-12, atol=0)
     for s, names in enumerate(GROUPS.values()):
         deltas = torch.stack(
             [torch.cat([(w[n] - init[n]).flatten() for n in names]) for w in (*policies, merged)]
