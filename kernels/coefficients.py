@@ -94,7 +94,7 @@ def _solve_kernel(
         square = tl.sum(tl.sum(terms, axis=1), axis=0)
         size = tl.sum(tl.sum(tl.abs(terms), axis=1), axis=0)
         # so much cancelled that rounding is all there is
-        square = tl.where(square > _FLOOR * _FLOOR * size, square, 0.0)
+        square = tl.where(square > size * (_FLOOR * _FLOOR), square, 0.0)
         lengths = tl.sqrt(square) * tl.sqrt(own)
         cosine = tl.sum(found * column, axis=0) / tl.where(lengths > 0, lengths, 1.0)
         cosine = tl.where(lengths > 0, tl.minimum(tl.maximum(cosine, -1.0), 1.0), 1.0)

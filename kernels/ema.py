@@ -97,10 +97,10 @@ def _ema_kernel(
 
     weight = tl.cast(tl.load(rate) if DEVICE_RATE else rate, start.dtype)
     end = end.to(start.dtype)
-    step = end - start
-    # at rate 1 even where the step is infinite
-    late = tl.where(weight < 1.0, end - (1.0 - weight) * step, end)
-    moved = tl.where(weight < 0.5, start + weight * step, late)
+    # as the reference: from the nearer end, and at rate 1 params even where the step is infinite
+    early = weight < 0.5
+    step = (end - start) * tl.where(early, weight, weight - 1.0)
+    moved = tl.where(weight < 1.0, tl.where(early, start, end) + step, end)
 
     if STORAGE == _SPLIT:
         # the NaN of NVIDIA arithmetic, 0x7FFFFFFF, would be rounded to a high half of -0.0
