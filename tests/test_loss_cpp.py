@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -239,3 +241,25 @@ def test_the_default_dtype_of_torch_changes_nothing(form: str, default: torch.dt
         torch.set_default_dtype(FP32)
     for name, value in before.items():
         assert after[name].dtype == value.dtype and torch.equal(after[name], value), name
+
+
+AT_THE_END_OF_A_PAGE = """
+import ctypes, mmap, torch
+from warp_fast.native.loss import Head
+
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 2 * page)
+state = torch.frombuffer(memory, dtype=torch.float64, offset=page - 192, count=24).view(3, 8)
+state.zero_()[:, ::4] = -torch.inf
+behind = ctypes.c_void_p(state.data_ptr() + 192)
+assert ctypes.CDLL(None).mprotect(behind, ctypes.c_size_t(page), 0) == 0
+Head(1.0, None, "").stats(torch.randn(3, 40), None, torch.tensor([1, 2, 3]), state[:, 4:], False)
+assert state[:, 4:6].isfinite().all()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page as Linux does")
+def test_sums_of_an_anchor_read_nothing_behind_them() -> None:
+    """They are the second half of a row; a side behind it would be in another row, or nowhere."""
+    done = subprocess.run([sys.executable, "-c", AT_THE_END_OF_A_PAGE], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
