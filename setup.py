@@ -30,30 +30,30 @@ def cuda_archs() -> str:
     return (asked or "80 86 89 90a 100 120") if asked != "none" and shutil.which("nvcc") else ""
 
 
-def ninja_file(target: str, archs: str) -> str:
+def ninja_file(archs: str) -> str:
     x86 = platform.machine() == "x86_64"
     parts = ["cpu"] + ["avx2"] * x86 + ["cuda"] * bool(archs)
     objects = " ".join(f"{name}.{part}.o" for part in parts for name in OBJECTS[part].split())
-    return f"""src = {ROOT}/csrc
+    return f"""src = ../../csrc
 cxx = {os.environ.get("CXX", "c++")}
 defines = {"-DWARP_FAST_HAS_AVX2" * x86}
 cuda = {"-DWARP_FAST_HAS_CUDA" * bool(archs)}
-headers = -isystem {sysconfig.get_path("include")} -isystem {pybind11.get_include()}
+headers = -isystem "{sysconfig.get_path("include")}" -isystem "{pybind11.get_include()}"
 gencode = {" ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs.split())}
 {chr(10).join(f"include $src/{part}.ninja" for part in parts)}
-build {target}: {"link_cuda" if archs else "link"} {objects}
+build _C.so: {"link_cuda" if archs else "link"} {objects}
 """
 
 
 class Ninja(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        os.makedirs(scratch := ROOT / "build/ninja", exist_ok=True)
-        target = os.path.abspath(self.get_ext_fullpath(ext.name))
+        (scratch := ROOT / "build/ninja").mkdir(parents=True, exist_ok=True)
         for archs in dict.fromkeys([cuda_archs(), ""]):
-            (scratch / "build.ninja").write_text(ninja_file(target, archs))
+            (scratch / "build.ninja").write_text(ninja_file(archs))
             if subprocess.run([sys.executable, "-m", "ninja", "-C", scratch]).returncode == 0:
-                return
-        raise CompileError("warp_fast._C was not built; `warp-fast doctor` says what is missing")
+                self.mkpath(os.path.dirname(target := self.get_ext_fullpath(ext.name)))
+                return self.copy_file(str(scratch / "_C.so"), target)
+        raise CompileError("warp_fast._C was not built; `pip install -v` shows why")
 
 
 setup(ext_modules=[Extension("warp_fast._C", [], optional=True)], cmdclass={"build_ext": Ninja})

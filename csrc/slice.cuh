@@ -102,6 +102,7 @@ struct Arriving {
         __pipeline_wait_prior(kAhead);
         return Kept<ANCHOR, WIDE>{place, pool}.take(k);
     }
+    // whole words, as `window` reads: the last may hold bytes from behind the row
     __device__ void send(int k) const {
         if (k < place.last && k - place.first < pool.count) {
             copy(place.logits, k, false);

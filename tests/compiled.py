@@ -16,7 +16,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 CXX = os.environ.get("CXX", "c++")
-HAS_COMPILER = shutil.which(CXX) is not None
+HAS_COMPILER = shutil.which((CXX.split() or [""])[0]) is not None
 OPS = ("ema", "gram", "loss", "slerp")
 
 NINJA = """
@@ -51,8 +51,10 @@ def compiled(folder: Path, sources: Sequence[Path], flags: str) -> ModuleType:
     import pybind11
 
     paths = (sysconfig.get_path("include"), pybind11.get_include())
-    flags = " ".join([flags, *(f"-I{path}" for path in paths)])
-    built = [f"build {source.stem}.o: cxx {source}" for source in sources]
+    flags = " ".join([flags, *(f'-I"{path}"' for path in paths)]).replace("$", "$$")
+    # relative: the path of the repository may hold what ninja reads otherwise
+    places = [(source.stem, os.path.relpath(source, folder)) for source in sources]
+    built = [f"build {stem}.o: cxx {place}" for stem, place in places]
     objects = " ".join(f"{source.stem}.o" for source in sources)
     rules = NINJA.format(cxx=CXX, flags=flags)
     write(folder / "build.ninja", "\n".join([rules, *built, f"build _C.so: link {objects}\n"]))

@@ -58,7 +58,7 @@ def module() -> ModuleType:
         for name in HEADERS:
             write(folder / f"{name}.h", '#include "cuda_on_cpu.h"\n')
         paths = (folder, ROOT / "tests", ROOT / "csrc")
-        return compiled(folder, sources, " ".join(f"-I{path}" for path in paths))
+        return compiled(folder, sources, " ".join(f'-I"{path}"' for path in paths))
 
 
 @pytest.fixture

@@ -42,7 +42,9 @@ def _missing_extension() -> str | None:
     try:
         importlib.import_module("warp_fast._C")
     except ImportError as error:
-        return f"warp_fast._C is not built ({error}); reinstall with a C++ compiler"
+        return (
+            f"warp_fast._C is not built ({error}); reinstall with a C++ compiler: pip -v says why"
+        )
     return None
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -93,7 +94,8 @@ def attention_rows() -> list[Row]:
 
 def compiler_row() -> Row:
     """Whether the extension could be compiled."""
-    found = shutil.which(os.environ.get("CXX", "c++"))
+    words = shlex.split(os.environ.get("CXX", "c++")) or [""]  # such as "ccache g++"
+    found = shutil.which(words[0])
     return Row("C++ compiler", found is not None, found or "not on the PATH (nor named by CXX)")
 
 
