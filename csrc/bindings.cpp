@@ -130,11 +130,10 @@ void slerp_apply(const Addresses& addresses, const Codes& codes, const Sizes& si
     WARP_FAST_DISPATCH(apply, merge.call);
 }
 
-void solve(uintptr_t gram, int64_t segments, int policies, uintptr_t coefficients,
-           uintptr_t linear) {
-    slerp_coefficients(static_cast<double*>(pointer(gram)), segments, policies,
-                       static_cast<double*>(pointer(coefficients)),
-                       static_cast<bool*>(pointer(linear)));
+void slerp_coefficients(uintptr_t gram, int64_t segments, int policies, uintptr_t coefficients,
+                        uintptr_t linear) {
+    solve(static_cast<double*>(pointer(gram)), segments, policies,
+          static_cast<double*>(pointer(coefficients)), static_cast<bool*>(pointer(linear)));
 }
 
 // logits, anchor, index, token_ids, rows, width, first, softcap, temperature, threads of LossCall
@@ -186,7 +185,7 @@ PYBIND11_MODULE(_C, m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     m.def("ema_update", &ema_update, unlocked);
     m.def("gram", &gram, unlocked);
-    m.def("slerp_coefficients", &solve, unlocked);
+    m.def("slerp_coefficients", &slerp_coefficients, unlocked);
     m.def("slerp_apply", &slerp_apply, unlocked);
     m.def("loss_stats", &loss_stats, unlocked);
     m.def("loss_gradient", &loss_gradient, unlocked);

@@ -50,8 +50,8 @@ bool step(const double* gram, int policies, double* c, int m) {
 
 }  // namespace
 
-void slerp_coefficients(const double* gram, int64_t segments, int policies, double* coefficients,
-                        bool* linear) {
+void solve(const double* gram, int64_t segments, int policies, double* coefficients, bool* linear) {
+    std::fill_n(linear, segments, false);
     const int64_t cells = segments * policies * policies;
     if (!std::all_of(gram, gram + cells, [](double x) { return std::isfinite(x); })) {
         std::fill_n(coefficients, segments * policies, std::numeric_limits<double>::quiet_NaN());
@@ -60,7 +60,6 @@ void slerp_coefficients(const double* gram, int64_t segments, int policies, doub
     for (int64_t s = 0; s < segments; ++s) {
         double* c = coefficients + s * policies;
         c[0] = 1;
-        linear[s] = false;
         for (int m = 1; m < policies; ++m) {
             linear[s] |= step(gram + s * policies * policies, policies, c, m);
         }

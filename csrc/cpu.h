@@ -85,9 +85,8 @@ struct LossCall {
 };
 
 // coefficients [segments, policies] and where a step was linear [segments], of gram [segments,
-// policies, policies]; NaN, with linear as it was, where gram is not finite
-void slerp_coefficients(const double* gram, int64_t segments, int policies, double* coefficients,
-                        bool* linear);
+// policies, policies]; NaN, and linear nowhere, if gram is not finite
+void solve(const double* gram, int64_t segments, int policies, double* coefficients, bool* linear);
 
 namespace baseline {
 void ema(const EmaCall& call);

@@ -219,7 +219,7 @@ void row_stats(const LossCall& call, int64_t row) {
     for (int64_t j = 0; j < call.width; j += kBlock) {
         const int64_t count = call.width - j < kBlock ? call.width - j : kBlock;
         const bool here = j <= target && target < j + count;
-        // what is a side on its own, of an anchor, may be the last of the memory
+        // without an anchor there may be no memory behind a side
         const double before = anchor.address ? difference_of(side, anchor_side) : 0;
         scores(call, logits, j, count, u, nullptr);
         if (here) leave_out(u, target - j, side + kTarget);

@@ -51,17 +51,16 @@ def ema_update_(
     Returns: `ema`.
 
     Raises:
-        ValueError: counts, shapes, devices or the rate do not fit, or a written tensor shares
-            memory with another (pass tied weights once), or in stochastic storage a DTensor is
-            sharded along another dimension than the first. TypeError: a dtype does not fit its
-            storage. All before any write.
+        ValueError: counts, shapes, devices or the rate do not fit, a written tensor shares memory
+            with another (pass tied weights once), or a DTensor in stochastic storage is not sharded
+            along its first dimension. TypeError: a dtype does not fit its storage. All before
+            any write.
 
     Traffic: bytes per element: reads and writes ema (fp32 8, split 8, stochastic 4), reads params
         (bf16 2).
-    Numerics: no fused multiply-add, exact at rate 0 and 1; split and stochastic storage are bitwise
-        equal on every backend. A number 0 leaves ema alone whatever params hold, and 1 makes it
-        params whatever it held; else what is not finite, in them or in the difference, goes into
-        ema as inf or NaN.
+    Numerics: no fused multiply-add; split and stochastic storage are bitwise equal on every
+        backend. A number 0 leaves ema alone whatever params hold, 1 makes it params whatever it
+        held; else what is not finite, in them or their difference, goes into ema as inf or NaN.
     """
     averages, values = _listed("ema", ema), _listed("params", params)
     remainders = [] if residual is None else _listed("residual", residual)

@@ -56,7 +56,7 @@ def slerp_coefficients_cpp(gram: Tensor) -> tuple[Tensor, Tensor]:
     segments, policies = gram.shape[:2]
     gram = gram.contiguous()
     coefficients = gram.new_empty((segments, policies))
-    linear = gram.new_zeros(segments, dtype=torch.bool)
+    linear = gram.new_empty(segments, dtype=torch.bool)
     extension().slerp_coefficients(
         gram.data_ptr(), segments, policies, coefficients.data_ptr(), linear.data_ptr()
     )

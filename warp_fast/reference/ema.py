@@ -30,10 +30,9 @@ def split_float32(value: Tensor) -> tuple[Tensor, Tensor]:
 def interpolate(start: Tensor, end: Tensor, rate: float | Tensor) -> Tensor:
     """start + rate * (end - start), in the form that is exact at rate 0 and at rate 1."""
     rate = torch.as_tensor(rate, dtype=start.dtype, device=start.device)
-    step = end - start
-    # at rate 1 even where the step is infinite
-    late = torch.where(rate < 1, end - (1 - rate) * step, end)
-    return torch.where(rate < 0.5, start + rate * step, late)
+    early = rate < 0.5
+    moved = torch.where(early, start, end) + torch.where(early, rate, rate - 1) * (end - start)
+    return torch.where(rate < 1, moved, end)  # at rate 1 even where the difference is infinite
 
 
 def random_key(seed: int, step: int) -> tuple[int, int]:

@@ -37,8 +37,7 @@ def load_reward(spec: str, device: torch.device) -> Reward:
     Raises:
         ValueError: there is no such module, function or model; says what was looked for.
     """
-    *module, name = spec.split(".")
-    dotted = module and all(part.isidentifier() for part in (*module, name))
+    dotted = "." in spec and all(map(str.isidentifier, spec.split(".")))
     if (dotted or ":" in spec) and not Path(spec).is_dir():
         return _load_function(spec)
     return _load_classifier(spec, device)
